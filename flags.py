@@ -1,0 +1,124 @@
+"""The command line from a dataclass: every field is a flag, its default the default, its comment the help.
+
+    class Config(TrainConfig):
+        lr: float = 1e-3  # highest learning rate          ->  --lr 1e-3
+
+So a script's flags can be read in one place, in Python, and a test can build the same Config without a command line.
+"""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import sys
+import typing
+from dataclasses import dataclass
+
+from errors import UserError
+
+
+@dataclass
+class TrainConfig:
+    """The flags that all training scripts have in common; each script adds its own and changes defaults."""
+
+    data: str = ""  # your file (.jsonl, .json, .csv, each optionally .gz); empty: the embedded island
+    init: str = "out/base"  # start from this checkpoint folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    out: str = "out/run"  # folder for the checkpoint and log.jsonl
+    tokenizer: str = ""  # tiny, gpt2, a rank file or a folder; empty: the one in --init
+    template: str = ""  # how conversations are written: chat, human or alpaca; empty: as --init says, else chat
+    steps: int = 0  # optimizer steps; 0: as many as --epochs makes
+    epochs: float = 0.0  # passes over the data, where --steps is 0
+    batch_size: int = 32  # sequences per optimizer step, over all processes
+    micro_tokens: int = 16384  # padded tokens in one forward pass; less needs less memory and changes no result
+    lr: float = 1e-3  # highest learning rate
+    min_lr: float = 0.1  # the last learning rate as a share of --lr
+    warmup: int = 20  # steps in which the learning rate rises from 0
+    schedule: str = "cosine"  # cosine, linear or constant
+    beta1: float = 0.9  # AdamW: decay of the gradient's mean
+    beta2: float = 0.95  # AdamW: decay of the gradient's square
+    weight_decay: float = 0.1  # AdamW: on matrices only
+    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    dropout: str = "0"  # of the residual branches; two numbers such as 0.0,0.3 make a ramp over the layers
+    checkpointing: bool = False  # recompute activations in the backward pass to save memory
+    eval_every: int = 50  # steps between measurements on held-out rows
+    save_every: int = 100  # steps between checkpoints that --resume can go on from
+    seed: int = 0  # of everything random
+    device: str = "auto"  # cuda, mps or cpu; auto: the first there is
+    dtype: str = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
+    resume: bool = False  # go on from the state in --out
+
+
+AT_LEAST = {"steps": 0, "epochs": 0, "batch_size": 1, "micro_tokens": 1, "warmup": 0, "eval_every": 0, "save_every": 0,
+            "weight_decay": 0, "clip": 0, "min_lr": 0, "lr": 0, "beta1": 0, "beta2": 0, "mix": 0}
+ONE_OF = {"schedule": ("cosine", "linear", "constant"), "dtype": ("auto", "float32", "bfloat16"),
+          "template": ("", "chat", "human", "alpaca")}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print the whole usage first
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        raise UserError(f"{self.prog}: {message}" + (f" (did you mean {near[0]}?)" if near else " (--help lists the flags)"))
+
+
+def parse(Config, recipes=None, argv=None):
+    """The command line -> a Config. The fields are the flags (batch_size is --batch-size), their comments the help.
+
+    recipes: {name: {field: value}}, chosen with --recipe NAME: only other defaults, so any flag overrides them.
+    Raises UserError with one line for an unknown flag or an impossible value.
+    """
+    main = sys.modules.get("__main__")
+    parser = _Parser(description=inspect.getdoc(sys.modules[Config.__module__]) or inspect.getdoc(main), allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = _comments(Config)
+    for field in dataclasses.fields(Config):
+        flag, shown = "--" + field.name.replace("_", "-"), "" if field.default == "" else f" (default {field.default})"
+        kind = typing.get_type_hints(Config)[field.name]
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=comments[field.name])
+        else:
+            parser.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(),
+                                help=(comments[field.name] + shown).replace("%", "%%"))
+    if recipes:
+        parser.add_argument("--recipe", choices=sorted(recipes), help="defaults of a published recipe; any flag overrides them")
+        chosen, _ = parser.parse_known_args(argv)
+        parser.set_defaults(**recipes.get(chosen.recipe, {}))
+    values = vars(parser.parse_args(argv))
+    values.pop("recipe", None)
+    return check(Config(**values))
+
+
+def check(config):
+    """Returns config, or raises UserError with the first impossible value. Scripts call it on configs they build too."""
+    for name, value in dataclasses.asdict(config).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} {value}: it must be a finite number")
+        if name in AT_LEAST and value < AT_LEAST[name]:
+            raise UserError(f"{flag} {value}: it must be at least {AT_LEAST[name]}")
+        if name in ONE_OF and value not in ONE_OF[name]:
+            raise UserError(f"{flag} {value}: it must be one of {', '.join(filter(None, ONE_OF[name]))}")
+        if name in ("beta1", "beta2", "min_lr") and value > 1 or name in ("beta1", "beta2") and value == 1:
+            raise UserError(f"{flag} {value}: it must be below 1")
+    dropout_of(config)
+    return config
+
+
+def _comments(Config):
+    """{field: the comment behind it}, from the source of the class and its bases."""
+    found = {}
+    for cls in reversed(Config.__mro__[:-1]):
+        found |= dict(re.findall(r"^    (\w+): [^#\n]*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    return {field.name: found.get(field.name, "") for field in dataclasses.fields(Config)}
+
+
+def dropout_of(config):
+    """The --dropout text -> a number, or (bottom, top) for a ramp."""
+    try:
+        numbers = tuple(float(x) for x in config.dropout.split(","))
+        if len(numbers) in (1, 2) and all(0 <= x < 1 for x in numbers):
+            return numbers[0] if len(numbers) == 1 else numbers
+    except ValueError:
+        pass
+    raise UserError(f"--dropout {config.dropout}: give one number from 0 to below 1, or two with a comma between (bottom,top)")

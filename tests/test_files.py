@@ -1,0 +1,496 @@
+"""Every accepted shape, the order in which they are tried, broken files, and the counts of real ones where present."""
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from data import files
+from errors import UserError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def u(text):
+    return {"role": "user", "content": text}
+
+
+def a(text):
+    return {"role": "assistant", "content": text}
+
+
+def s(text):
+    return {"role": "system", "content": text}
+
+
+def put(folder, rows, name="x.jsonl"):
+    """A .jsonl of `rows` (objects, or raw strings as they are)."""
+    path = folder / name
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def load_one(folder, row, want, **options):
+    rows, report = files.load(put(folder, [row]), want, **options)
+    assert (report.read, report.kept, report.dropped, len(rows)) == (1, 1, {}, 1)
+    return rows[0], list(report.shapes)[0]
+
+
+def pair(prompt, chosen, rejected):
+    return {"prompt": prompt, "answers": [{"text": chosen, "score": 1.0}, {"text": rejected, "score": 0.0}]}
+
+
+TALK = [u("hi"), a("yo")]
+HH = "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: more\n\nAssistant:"
+TWO = [u("hi"), a("yo"), u("more")]
+
+SFT = [
+    ("messages", {"messages": [s("be kind"), u("hi"), a("yo")]}, [s("be kind"), u("hi"), a("yo")]),
+    ("messages", {"messages": TWO + [a("end")]}, TWO + [a("end")]),  # several assistant turns stay one row
+    ("messages", {"messages": TALK, "system": "be kind"}, [s("be kind")] + TALK),
+    ("messages", {"messages": [s("")] + TALK}, TALK),
+    ("messages", {"messages": [u([{"type": "text", "text": "h"}, {"type": "text", "value": "i"}]), a("yo")]}, TALK),
+    ("messages", {"messages": [u("hi"), u("there"), a("yo")]}, [u("hi\n\nthere"), a("yo")]),
+    ("messages", {"messages": [u("hi"), a("yo") | {"loss_weight": 0}]}, [u("hi"), a("yo") | {"loss_weight": 0.0}]),
+    ("messages", {"messages": [u("hi"), a("    x = 1\n")]}, [u("hi"), a("    x = 1\n")]),  # indentation is content
+    ("conversations", {"conversations": [{"from": "system", "value": "be kind"}, {"from": "human", "value": "hi"},
+                                         {"from": "gpt", "value": "yo"}]}, [s("be kind")] + TALK),
+    ("conversations", {"conversations": [{"from": "user", "value": "hi"}, {"from": "chatgpt", "value": "yo"}],
+                       "system": "be kind"}, [s("be kind")] + TALK),
+    ("conversations", {"conversations": ["hi", "yo", "more", "end"], "source": "lima"}, TWO + [a("end")]),
+    ("conversations", {"conversation": TALK, "intent": "greet"}, TALK),
+    ("UltraChat", {"id": "0", "data": ["hi", "yo", "more", "end"]}, TWO + [a("end")]),
+    ("prompt/completion", {"prompt": "hi", "completion": "yo"}, TALK),
+    ("prompt/completion", {"prompt": "hi", "response": "yo"}, TALK),
+    ("prompt/completion", {"prompt": "hi", "answer": "yo", "system": "be kind"}, [s("be kind")] + TALK),
+    ("prompt/completion", {"prompt": "hi", "output": "yo", "label": "greeting"}, TALK),  # a label that judges nothing
+    ("prompt/completion", {"prompt": [u("hi")], "completion": [a("yo")]}, TALK),
+    ("unpaired prompt/completion/label", {"prompt": "hi", "completion": "yo", "label": True}, TALK),
+    ("alpaca", {"instruction": "say", "input": "yo", "output": "yo"}, [u("say\n\nyo"), a("yo")]),
+    ("alpaca", {"instruction": "hi", "input": "", "output": "yo"}, TALK),
+    ("alpaca", {"instruction": "hi", "context": None, "response": "yo"}, TALK),
+    ("alpaca", {"instruction": "more", "output": "end", "history": [["hi", "yo"]], "system": "be kind"},
+     [s("be kind")] + TWO + [a("end")]),
+    ("question/answer", {"question": "hi", "answer": "yo"}, TALK),
+    ("question/answer", {"question": "hi", "best_answer": "yo", "category": "x"}, TALK),
+    ("transcript", {"text": "### Human: hi### Assistant: yo"}, TALK),
+    ("transcript", {"text": "Be kind.\n### Human: hi\n### Assistant:\nyo"}, [s("Be kind.")] + TALK),
+    ("transcript", {"text": HH + "     end\n"}, TWO + [a("    end\n")]),  # one blank belongs to the marker
+]
+
+
+@pytest.mark.parametrize("shape, row, messages", SFT)
+def test_sft_shapes_and_their_prompts(tmp_path, shape, row, messages):
+    got, name = load_one(tmp_path, row, "sft")
+    assert (got["messages"], name) == (messages, shape)
+    assert load_one(tmp_path, row, "prompts")[0]["prompt"] == messages[:-1]
+
+
+RANKED = [
+    ("chosen/rejected", {"prompt": "hi", "chosen": "yo", "rejected": "no"}, pair([u("hi")], "yo", "no")),
+    ("chosen/rejected", {"prompt": TWO, "chosen": [a("yo")], "rejected": [a("no")]}, pair(TWO, "yo", "no")),
+    ("chosen/rejected", {"prompt": "hi", "chosen": TALK, "rejected": [u("hi"), a("no")]}, pair([u("hi")], "yo", "no")),
+    ("chosen/rejected", {"prompt": HH, "chosen": " yo", "rejected": " no"}, pair(TWO, " yo", " no")),
+    ("chosen/rejected", {"prompt": "hi", "chosen": "Human: x", "rejected": "no"}, pair([u("hi")], "Human: x", "no")),
+    ("chosen/rejected", {"chosen": TWO + [a("yo")], "rejected": TWO + [a("no")]}, pair(TWO, "yo", "no")),
+    ("chosen/rejected", {"chosen": TWO + [a("yo")], "rejected": TWO + [a("yo")]}, pair(TWO, "yo", "yo")),
+    ("chosen/rejected", {"chosen": HH + " yo", "rejected": HH + " yoyo"}, pair(TWO, "yo", "yoyo")),
+    ("chosen/rejected", {"instruction": "say", "input": "hi", "output": "yo", "chosen": "yo", "rejected": "no"},
+     pair([u("say\n\nhi")], "yo", "no")),
+    ("chosen/rejected", {"question": "hi", "system": "be kind", "chosen": "yo", "rejected": "no"},
+     pair([s("be kind"), u("hi")], "yo", "no")),
+    ("chosen/rejected", {"conversations": [{"from": "human", "value": "hi"}], "chosen": {"from": "gpt", "value": "yo"},
+                         "rejected": {"from": "gpt", "value": "no"}}, pair([u("hi")], "yo", "no")),
+    ("ELI5", {"q_id": "1", "title": "why", "selftext": "", "answers": {"a_id": ["x", "y"], "text": ["yo", "no"],
+                                                                     "score": [1, 0]}}, pair([u("why")], "yo", "no")),
+    ("ELI5", {"title": "why", "selftext": "so", "answers": {"text": ["yo", "no"], "score": [1, 0]}},
+     pair([u("why\n\nso")], "yo", "no")),
+    ("prompt/answers", {"prompt": "hi", "answers": [{"text": "yo", "score": 1}, {"text": "no", "score": 0}]},
+     pair([u("hi")], "yo", "no")),
+    ("prompt/answers", {"prompt": "hi", "responses": [{"response": "yo", "rank": 0}, {"response": "no", "rank": 2}]},
+     {"prompt": [u("hi")], "answers": [{"text": "yo", "score": 0.0}, {"text": "no", "score": -2.0}]}),
+    ("prompt/answers", {"instruction": "hi", "completions": [{"response": "yo", "overall_score": 1.0},
+                                                             {"response": "no", "overall_score": "0"}]},
+     pair([u("hi")], "yo", "no")),
+    ("TL;DR comparison", {"info": {"subreddit": "x", "title": "t", "post": "p"}, "choice": 0,
+                          "summaries": [{"text": " yo"}, {"text": " no"}]},
+     pair([u("SUBREDDIT: r/x\n\nTITLE: t\n\nPOST: p\n\nTL;DR:")], " yo", " no")),
+]
+
+
+@pytest.mark.parametrize("shape, row, wanted", RANKED)
+def test_ranked_shapes_and_what_is_made_of_them(tmp_path, shape, row, wanted):
+    assert load_one(tmp_path, row, "ranked") == (wanted, shape)
+    assert load_one(tmp_path, row, "sft")[0]["messages"] == wanted["prompt"] + [a(wanted["answers"][0]["text"])]
+    assert load_one(tmp_path, row, "prompts")[0]["prompt"] == wanted["prompt"]
+
+
+PROMPTS = [
+    ("prompt", {"prompt": "hi"}, {"prompt": [u("hi")]}),
+    ("prompt", {"prompt": TWO}, {"prompt": TWO}),
+    ("prompt", {"query": "hi", "system": "be kind"}, {"prompt": [s("be kind"), u("hi")]}),
+    ("prompt", {"question": "hi", "kind": "greet"}, {"prompt": [u("hi")], "kind": "greet"}),
+    ("prompt", {"prompt": HH}, {"prompt": TWO}),
+    ("turns", {"question_id": 81, "category": "writing", "turns": ["hi", "more"]},
+     {"prompt": [u("hi")], "follow_ups": ["more"], "category": "writing"}),
+    ("messages", {"messages": TWO}, {"prompt": TWO}),
+]
+
+
+@pytest.mark.parametrize("shape, row, wanted", PROMPTS)
+def test_prompt_shapes(tmp_path, shape, row, wanted):
+    assert load_one(tmp_path, row, "prompts") == (wanted, shape)
+
+
+def test_plain_text_is_kept_to_the_letter(tmp_path):
+    assert load_one(tmp_path, {"title": "t", "text": "  a\n\nb \n"}, "text") == ({"text": "  a\n\nb \n"}, "text")
+    transcript = "### Human: hi### Assistant: yo"
+    assert load_one(tmp_path, {"text": transcript}, "text")[0] == {"text": transcript}
+
+
+def test_the_first_matching_shape_wins(tmp_path):
+    row = {"prompt": "other", "completion": "other", "messages": TALK}
+    assert load_one(tmp_path, row, "sft") == ({"messages": TALK}, "messages")
+    row = {"prompt": "hi", "chosen": "yo", "rejected": "no", "completion": "other"}
+    assert load_one(tmp_path, row, "sft") == ({"messages": TALK}, "chosen/rejected")
+    row = {"instruction": "other", "output": "other", "prompt": "hi", "completion": "yo", "question": "x", "answer": "x"}
+    assert load_one(tmp_path, row, "sft") == ({"messages": TALK}, "prompt/completion")
+    row = {"instruction": "hi", "output": "yo", "text": "### Human: other### Assistant: other"}
+    assert load_one(tmp_path, row, "sft") == ({"messages": TALK}, "alpaca")
+    row = {"messages": TALK, "prompt": "hi", "chosen": TALK, "rejected": [u("hi"), a("no")]}  # both forms in one row
+    assert load_one(tmp_path, row, "sft")[1] == "messages"
+    assert load_one(tmp_path, row, "ranked") == (pair([u("hi")], "yo", "no"), "chosen/rejected")
+
+
+def test_the_best_answer_wins_wherever_it_stands_and_any_field_can_rank(tmp_path):
+    answers = [{"text": "A", "score": 1, "helpful": 2}, {"text": "B", "score": 3, "helpful": 1},
+               {"text": "C", "score": 3, "helpful": 0}]
+    row = {"prompt": "hi", "answers": answers, "kind": "k", "source": 3}
+    assert load_one(tmp_path, row, "sft")[0] == {"messages": [u("hi"), a("B")], "kind": "k"}
+    assert load_one(tmp_path, row, "sft", score="helpful")[0]["messages"][-1] == a("A")
+    assert [x["score"] for x in load_one(tmp_path, row, "ranked", score="helpful")[0]["answers"]] == [2.0, 1.0, 0.0]
+    with pytest.raises(UserError, match="'kind'.*numbers are under score, helpful"):
+        files.load(put(tmp_path, [row]), "ranked", score="kind")
+    rated = [{"response": x, "annotations": {"honesty": {"Rating": r}}} for x, r in (("A", "1"), ("B", "5"))]
+    assert load_one(tmp_path, {"instruction": "q", "completions": rated}, "sft", score="honesty")[0]["messages"][1] == a("B")
+    tldr = {"info": {"title": "t"}, "summaries": [{"text": "A"}, {"text": "B"}], "choice": 1}
+    assert load_one(tmp_path, tldr, "sft")[0]["messages"][1] == a("B")
+
+
+def test_a_bad_label_is_never_imitated(tmp_path):
+    rows = [{"prompt": "q", "completion": "good", "label": True}] + [{"prompt": "q", "completion": "bad", "label": False}] * 3
+    kept, report = files.load(put(tmp_path, rows), "sft")
+    assert [row["messages"][-1] for row in kept] == [a("good")] and report.dropped == {"labelled as a bad answer": (3, 2)}
+    with pytest.raises(UserError, match="unpaired.*needs several answers"):
+        files.load(put(tmp_path, rows), "ranked")
+
+
+def node(name, role, text, rank=None, replies=(), **more):
+    return {"message_id": name, "role": role, "text": text, "rank": rank, "replies": list(replies), **more}
+
+
+TREE = {"message_tree_id": "r", "prompt": node("r", "prompter", "q", replies=[
+    node("x", "assistant", "worse", 1, [node("y", "prompter", "why", replies=[node("z", "assistant", "so")])]),
+    node("v", "assistant", "gone", 0, deleted=True),
+    node("w", "assistant", "best", 0, [node("t", "prompter", "thanks", replies=[
+        node("n", "assistant", "np", 2), node("m", "assistant", "welcome", 1), node("k", "assistant", "ok", None)])])])}
+TREE_RANKED = [
+    {"prompt": [u("q")], "answers": [{"text": "worse", "score": -1.0}, {"text": "best", "score": 0.0}]},
+    {"prompt": [u("q"), a("best"), u("thanks")], "answers": [{"text": "np", "score": -2.0},
+                                                             {"text": "welcome", "score": -1.0}]}]
+
+
+def flattened(root, parent=None):
+    yield {**{k: v for k, v in root.items() if k != "replies"}, "parent_id": parent}
+    for reply in root["replies"]:
+        yield from flattened(reply, root["message_id"])
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_oasst_trees_and_flat_rows_agree(tmp_path, flat):
+    rows = list(flattened(TREE["prompt"])) if flat else [TREE]
+    random.Random(0).shuffle(rows[:0])
+    path = put(tmp_path, rows)
+    ranked, report = files.load(path, "ranked")
+    assert ranked == TREE_RANKED
+    assert (report.read, report.used, report.kept) == ((9, 9, 2) if flat else (1, 1, 2))
+    assert files.load(path, "sft")[0] == [{"messages": [u("q"), a("best"), u("thanks"), a("welcome")]}]
+    prompts = [row["prompt"][-1]["content"] for row in files.load(path, "prompts")[0]]
+    assert prompts == ["q", "why", "thanks"]
+
+
+def test_flat_rows_in_any_order_orphans_and_circles(tmp_path):
+    rows = list(flattened(TREE["prompt"]))
+    lost = [node("l", "assistant", "lost", 0, parent_id="nobody"), node("c", "prompter", "c", parent_id="d"),
+            node("d", "assistant", "d", 0, parent_id="c"), node("r", "prompter", "again")]
+    ranked, report = files.load(put(tmp_path, rows[::-1] + lost), "ranked")
+    assert sorted(row["prompt"][-1]["content"] for row in ranked) == ["q", "thanks"]
+    assert report.dropped == {"hangs on a message that is not there": (3, 10), "message_id seen before": (1, 13)}
+
+
+def test_merge_system(tmp_path):
+    row = {"messages": [s("be kind"), u("hi"), a("yo")]}
+    assert load_one(tmp_path, row, "sft", merge_system=True)[0]["messages"] == [u("be kind\n\nhi"), a("yo")]
+    row = {"prompt": [s("be kind"), u("hi")], "chosen": "yo", "rejected": "no"}
+    for want in ("ranked", "prompts"):
+        assert load_one(tmp_path, row, want, merge_system=True)[0]["prompt"] == [u("be kind\n\nhi")]
+
+
+BAD = [
+    ("not valid JSON", '{"prompt": "hi", "completion": "y'),
+    ("NUL byte", {"prompt": "h\0i", "completion": "yo"}),
+    ("NUL byte", '{"prompt": "h\0i"}'),
+    ("not UTF-8, or half of a surrogate pair", {"prompt": "hi", "completion": "\ud83d"}),
+    ("not UTF-8, or half of a surrogate pair", {"prompt": "hi", "completion": "yo", "kind": "\ud83d"}),
+    ("not an object with keys", "[1, 2]"),
+    ("unknown keys", {"foo": 1}),
+    ("empty answer", {"prompt": "hi", "completion": " \n"}),
+    ("empty message", {"prompt": "", "completion": "yo"}),
+    ("a message is not text", {"messages": [u(3), a("yo")]}),
+    ("a message is not text", {"messages": [u([{"type": "image_url"}]), a("yo")]}),
+    ("unknown role", {"messages": [u("hi"), {"role": "wizard", "content": "yo"}]}),
+    ("unknown role", {"messages": [u("hi"), {"role": ["user"], "content": "yo"}]}),
+    ("a tool's turn", {"conversations": [{"from": "human", "value": "hi"}, {"from": "function_call", "value": "f()"}]}),
+    ("does not begin with the user", {"messages": [a("yo"), u("hi"), a("yo")]}),
+    ("does not end with the assistant", {"messages": TWO}),
+    ("a system turn in the middle", {"messages": TALK + [s("be kind"), u("hi"), a("yo")]}),
+    ("loss_weight is not a number", {"messages": [u("hi"), a("yo") | {"loss_weight": "x"}]}),
+    ("assistant's turns to be joined have different loss_weight",
+     {"messages": [u("hi"), a("yo") | {"loss_weight": 0}, a("yo") | {"loss_weight": 1}]}),
+    ("chosen and rejected without a prompt", {"chosen": "yo", "rejected": "no"}),
+    ("chosen and rejected differ before their last answer", {"chosen": HH + " yo", "rejected": "\n\nHuman: x\n\nAssistant: y"}),
+    ("empty answer", {"chosen": HH, "rejected": HH + " no"}),
+    ("no number under 'score' in an answer", {"prompt": "q", "answers": [{"text": "x", "score": True}]}),
+    ("no number under 'score' in an answer", {"prompt": "q", "answers": [{"text": "x", "score": float("nan")}]}),
+    ("answers is not a list of answers with scores", {"prompt": "q", "answers": ["x", "y"]}),
+]
+
+
+@pytest.mark.parametrize("reason, row", BAD)
+def test_bad_rows_are_dropped_and_counted_with_the_first_line(tmp_path, reason, row):
+    good = {"messages": TALK}
+    rows, report = files.load(put(tmp_path, [good, "", good, row, good, row]), "sft")
+    assert [x["messages"] for x in rows] == [TALK] * 3
+    assert (report.read, report.kept, report.dropped) == (5, 3, {reason: (2, 4)})  # the blank line counts as a line only
+    assert f"5 rows read, 3 kept (messages); dropped 2: {reason} (first: row 4)" in str(report)
+
+
+def test_more_than_half_bad_stops_and_half_does_not(tmp_path):
+    good, bad = {"messages": TALK}, {"messages": [u("hi"), a("")]}
+    assert files.load(put(tmp_path, [good, bad]), "sft")[1].kept == 1
+    with pytest.raises(UserError, match=r"x.jsonl: 2 of its 3 rows are bad; most often: empty answer \(2, first: row 2\)"):
+        files.load(put(tmp_path, [good, bad, bad]), "sft")
+    with pytest.raises(UserError, match=r"none of its 1 row.*unknown keys \(1, first: row 1: its keys are foo, bar\).*rename"):
+        files.load(put(tmp_path, [{"foo": 1, "bar": 2}]), "sft")
+
+
+def test_several_reasons_stand_below_each_other(tmp_path):
+    rows = [{"messages": TALK}] * 1000 + [{"prompt": "hi", "completion": "yo"}, {"foo": 1}, "{", "{"]
+    lines = str(files.load(put(tmp_path, rows), "sft")[1]).split("\n")
+    assert lines == ["x.jsonl: 1,004 rows read, 1,001 kept (messages 1,000, prompt/completion 1); dropped 3:",
+                     "          2  not valid JSON (first: row 1,003)", "          1  unknown keys (first: row 1,002)"]
+
+
+@pytest.mark.parametrize("row, want, said", [
+    ({"messages": TALK}, "ranked", r"holds SFT conversations \(messages\); training on preferences needs several answers"),
+    ({"text": "once"}, "sft", r"holds plain text \(text\); supervised fine-tuning needs"),
+    ({"prompt": "hi"}, "sft", r"holds prompts without answers \(prompt\)"),
+    ({"prompt": "hi", "completion": "yo"}, "text", r"holds SFT conversations \(prompt/completion\); pretraining needs"),
+])
+def test_a_form_that_cannot_be_made_is_one_sentence(tmp_path, row, want, said):
+    with pytest.raises(UserError, match=said):
+        files.load(put(tmp_path, [row]), want)
+
+
+GOOD = [{"prompt": "hi", "completion": "yö"}, {"prompt": "more", "completion": "end"}]
+GOOD_SFT = [{"messages": [u("hi"), a("yö")]}, {"messages": [u("more"), a("end")]}]
+PAGE = {"features": [{"name": "prompt"}], "rows": [{"row_idx": i, "row": row} for i, row in enumerate(GOOD)]}
+
+
+@pytest.mark.parametrize("name, text", [
+    ("x.jsonl", "\n".join(map(json.dumps, GOOD))),
+    ("x.JSONL", "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in GOOD)),
+    ("x.json", "\n".join(map(json.dumps, GOOD))),
+    ("x.json", json.dumps(GOOD)),
+    ("x.json", json.dumps(GOOD, indent=1)),
+    ("x.jsonl", json.dumps(GOOD, indent=1)),
+    ("x.json", json.dumps({"data": GOOD})),
+    ("x.json", json.dumps({"version": "1", "train": GOOD}, indent=2)),
+    ("x.json", json.dumps(PAGE)),
+    ("x.csv", "Prompt,Completion\nhi,yö\nmore,end\n"),
+    ("x.csv", 'id;prompt;completion\r\n1;"hi";yö\r\n2;more;end\r\n'),
+    ("x.tsv", "prompt\tcompletion\nhi\työ\nmore\tend"),
+    ("x.csv", 'messages\n"[{""role"": ""user"", ""content"": ""hi""}, {""role"": ""assistant"", ""content"": ""yö""}]"\n'
+              '"[{""role"": ""user"", ""content"": ""more""}, {""role"": ""assistant"", ""content"": ""end""}]"\n'),
+])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_endings(tmp_path, name, text, bom, packed):
+    path = tmp_path / (name + ".gz" * packed)
+    content = (bom + text).encode("utf-8")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    rows, report = files.load(path, "sft")
+    assert rows == GOOD_SFT and report.read == report.kept == 2 and report.dropped == {}
+
+
+def test_one_object_is_one_row(tmp_path):
+    for row in ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}, {"messages": TALK}):
+        path = tmp_path / "x.json"
+        path.write_text(json.dumps(row, indent=2))
+        assert files.load(path, "sft")[0] == [{"messages": TALK}]
+
+
+def test_txt_documents(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_bytes("\ufeff\n\none\r\n  two\n \t\n\nthree".encode())
+    rows, report = files.load(path, "text")
+    assert rows == [{"text": "one\n  two"}, {"text": "three"}] and report.read == 2
+
+
+def test_csv_rows_of_the_wrong_width_and_line_breaks_in_cells(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('prompt,completion\nhi,yo\nonly\n"two\n  lines",end\na,b,c\nhi,yo\n')
+    rows, report = files.load(path, "sft")
+    assert [row["messages"][0]["content"] for row in rows] == ["hi", "two\n  lines", "hi"]
+    assert report.dropped == {"wrong number of columns": (2, 2)}
+
+
+def test_a_line_that_is_too_long_costs_one_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LIMIT", 1000)
+    rows = [{"prompt": "hi", "completion": "x" * n} for n in (5, 3000, 5)]
+    rows, report = files.load(put(tmp_path, rows), "sft")
+    assert len(rows) == 2 and report.dropped == {"line over 10 MB": (1, 2)}
+
+
+def test_bytes_that_are_no_utf8(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\n".join(json.dumps(GOOD[0]).encode() for _ in range(2)) + b'\n{"prompt": "h\xe9", "completion": "yo"}')
+    assert files.load(path, "sft")[1].dropped == {"not UTF-8, or half of a surrogate pair": (1, 3)}
+    path.write_bytes(b'{"prompt": "h\xe9", "completion": "yo"}\n')
+    with pytest.raises(UserError, match="save the file as UTF-8"):
+        files.load(path, "sft")
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("x.jsonl", None, "does not exist"),
+    ("x.jsonl", b"", "is empty"),
+    ("x.json", b" \n\n", "is empty"),
+    ("x.json", b"[]", "is empty"),
+    ("x.csv", b"prompt,completion\n", "is empty"),
+    ("x.jsonl.gz", gzip.compress(b""), "is empty"),
+    ("x.jsonl.gz", b'{"prompt": "hi"}\n', "is not gzip: take .gz off"),
+    ("x.jsonl.gz", gzip.compress(json.dumps(GOOD).encode() * 99)[:-20], "cut short or damaged"),
+    ("x.jsonl", gzip.compress(b"{}"), "is gzip-compressed: add .gz"),
+    ("x.json", '{"prompt": "hi"}'.encode("utf-16"), "is UTF-16"),
+    ("x.json", b'[{"prompt": "hi", "completion": "y', "not valid JSON .*line 1, column 33"),
+    ("x.json", b"<!DOCTYPE html>\n<p>", "not valid JSON .*DOCTYPE"),
+    ("x.json", b"[" * 100_000, "nested too deeply"),
+    ("x.docx", b"hi", "ending .docx is unknown"),
+    ("noending", b"hi", "is unknown"),
+    ("x.parquet", b"PAR1nonsense", "parquet"),
+])
+def test_trouble_with_the_file_is_one_sentence(tmp_path, name, content, said):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=said) as caught:
+        files.load(path, "sft")
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_directory_and_no_permission(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="is a directory"):
+        files.load(tmp_path, "sft")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(files, "open_bytes", refuse)  # root may read everything, so chmod would prove nothing
+    with pytest.raises(UserError, match="may not be read: change its permissions"):
+        files.load(put(tmp_path, GOOD), "sft")
+
+
+def test_hold_out_is_seeded_disjoint_and_keeps_the_order():
+    rows = [{"id": i} for i in range(1000)]
+    train, held = files.hold_out(rows, 0.1, seed=3)
+    assert len(held) == 100 and sorted(train + held, key=lambda row: row["id"]) == rows
+    assert all(part == sorted(part, key=lambda row: row["id"]) for part in (train, held))
+    assert files.hold_out(rows, 0.1, seed=3) == (train, held) != files.hold_out(rows, 0.1, seed=4)
+    assert [row["id"] for row in held[:4]] == HELD_WITH_SEED_3  # the same in every process
+    assert len(files.hold_out(rows, 0.9)[1]) == 500 and len(files.hold_out(rows[:3], 0.1)[1]) == 1
+    assert files.hold_out(rows, 0, at_least=0) == (rows, [])
+    with pytest.raises(UserError, match="too few"):
+        files.hold_out(rows[:1])
+
+
+HELD_WITH_SEED_3 = []
+
+
+def damaged(rng, row):
+    """A line of JSON with one to three random hurts: types swapped, keys lost, bytes changed, the end cut off."""
+    row = json.loads(json.dumps(row))
+    junk = [None, 3, 1e400, True, "", " ", "x", "\ud800", "\0", [], {}, [[]], [None], [{}], {"a": 1}, ["a", 1], [u("x")],
+            [{"from": [], "value": {}}], {"text": ["a"], "score": ["b", 1]}, {"replies": 1}, {"replies": [{}]}]
+    for _ in range(rng.randint(1, 3)):
+        place = row
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                break
+            key = rng.choice(keys)
+            if isinstance(place[key], (dict, list)) and rng.random() < 0.6:
+                place = place[key]
+                continue
+            if isinstance(place, dict) and rng.random() < 0.3:
+                place[rng.choice(["messages", "prompt", "role", "text", "answers", "system", "label"])] = place.pop(key)
+            else:
+                place[key] = rng.choice(junk)
+            break
+    line = bytearray(json.dumps(row, ensure_ascii=rng.random() < 0.8).encode("utf-8", "surrogatepass"))
+    for _ in range(rng.choice([0, 0, 0, 1, 3])):
+        line[rng.randrange(len(line))] = rng.choice([0, 10, 34, 91, 123, 128, 255])
+    return bytes(line[:rng.randrange(1, len(line))] if rng.random() < 0.1 else line)
+
+
+@pytest.mark.parametrize("want", files.FORMS)
+def test_fuzz_ends_in_counts_or_in_one_sentence(tmp_path, want):
+    """10,000 damaged rows over the four forms, in small files (so that many end well) and of every shape."""
+    rng = random.Random(FUZZ_SEED)
+    seeds = [row for _, row, _ in SFT + RANKED + PROMPTS] + [TREE, {"text": "plain"}] + list(flattened(TREE["prompt"]))
+    ended_well = 0
+    for i in range(50):
+        lines = [damaged(rng, rng.choice(seeds)) for _ in range(50)]
+        lines += [json.dumps(rng.choice(RANKED)[1] if want != "text" else {"text": "plain"}).encode() for _ in range(120)]
+        rng.shuffle(lines)
+        path = tmp_path / rng.choice(["x.jsonl", "x.json", "x.csv", "x.txt"][:2 + 2 * (i % 5 == 0)])
+        path.write_bytes(b"\n".join(lines))
+        try:
+            rows, report = files.load(path, want, merge_system=i % 2 == 0)
+        except UserError as error:
+            assert str(path) in str(error)
+            continue
+        ended_well += 1
+        assert report.used + sum(count for count, _ in report.dropped.values()) == report.read
+        assert report.kept == len(rows) and sum(report.shapes.values()) == report.used and str(report)
+        for row in rows:
+            json.dumps(row, ensure_ascii=False).encode()
+    assert ended_well > 20
+
+
+FUZZ_SEED = 1
+
+
+@pytest.mark.parametrize("name, want, read, kept", [
+    ("rasbt_instruction_1100.json", "sft", 1100, 1100), ("rasbt_preference_1100.json", "ranked", 1100, 1100),
+    ("rasbt_preference_1100.json", "sft", 1100, 1100), ("oasst_en_100_tree.jsonl", "ranked", 100, 212),
+    ("oasst_en_100_tree.jsonl", "sft", 100, 100), ("sharegpt_fixture_axolotl.json", "sft", 1, 1)])
+def test_real_files(name, want, read, kept):
+    if not (SHARED / name).exists():
+        pytest.skip("../shared/data is not here")
+    rows, report = files.load(SHARED / name, want)
+    assert (report.read, report.kept, report.dropped, len(rows)) == (read, kept, {}, kept)
+    if name.startswith("oasst") and want == "ranked":
+        scores = [[answer["score"] for answer in row["answers"]] for row in rows]
+        assert {len(s) for s in scores} == {2, 3, 4, 5, 6, 8, 9}
+        assert sum(x != y for s in scores for i, x in enumerate(s) for y in s[:i]) == 754

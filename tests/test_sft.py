@@ -1,0 +1,227 @@
+"""The masked loss, through the loader and the loop: what is learned is exactly what the mask says, however it is batched."""
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sft
+import trainer
+from data.tokenizer import get_tokenizer
+from errors import UserError
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+TOK = get_tokenizer("tiny")
+RUN = trainer.Run(torch.device("cpu"), torch.float32)
+
+
+def rows_of(n, longest=9):
+    """Conversations of many lengths; every fifth has two turns."""
+    row = lambda i: [{"role": "user", "content": "word " * (1 + i * 7 % longest)}, {"role": "assistant", "content": "yes " * (1 + i * 3 % longest)}]
+    return [{"messages": row(i) + (row(i + 1) if i % 5 == 0 else [])} for i in range(n)]
+
+
+def tiny(seed=0, **settings):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{"block_size": 96, "vocab_size": TOK.vocab_size, "n_layer": 2, "n_head": 2, "n_embd": 32} | settings))
+
+
+# ---- masked_loss -----------------------------------------------------------------------------------------------------
+
+def test_masked_loss_is_the_mean_over_the_mask():
+    probs = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.7, 0.2], [0.2, 0.2, 0.6]]])
+    targets, mask = torch.tensor([[1, 1, 0]]), torch.tensor([[1, 0, 1]])
+    expected = -(math.log(0.25) + math.log(0.2)) / 2
+    assert sft.masked_loss(probs.log(), targets, mask).item() == pytest.approx(expected, rel=1e-6)
+    assert sft.masked_loss(probs.log() + 5, targets, mask).item() == pytest.approx(expected, rel=1e-5)  # logits, not log-probs
+    assert sft.masked_loss(probs.log(), targets, mask, n=8).item() == pytest.approx(expected * 2 / 8, rel=1e-6)
+
+
+def test_masked_loss_gradient_is_softmax_minus_one_hot_and_exactly_zero_elsewhere():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 5, requires_grad=True)
+    targets, mask = torch.randint(5, (2, 4)), torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0]])
+    sft.masked_loss(logits, targets, mask).backward()
+    expected = (logits.softmax(-1) - torch.nn.functional.one_hot(targets, 5)) * mask[..., None] / 3
+    assert torch.allclose(logits.grad, expected, atol=1e-6)
+    assert not logits.grad[mask == 0].any()
+
+
+def test_masked_loss_survives_infinities_outside_the_mask():
+    logits = torch.full((1, 2, 3), float("nan"))
+    logits[0, 1] = 0
+    assert sft.masked_loss(logits, torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0, 1]])).item() == pytest.approx(math.log(3))
+
+
+def test_empty_mask_is_zero_with_a_zero_gradient():
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    loss = sft.masked_loss(logits, torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3))
+    loss.backward()
+    assert loss.item() == 0 and logits.grad is not None and not logits.grad.any()
+    model = tiny()
+    sft.sft_loss(model, torch.ones(2, 6, dtype=torch.long), torch.zeros(2, 6)).backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+# ---- through the loader ----------------------------------------------------------------------------------------------
+
+def logit_gradients(model, ids, mask):
+    """The gradient of sft_loss to the logits of every position, by a head applied everywhere: (B, T-1, V)."""
+    logits = []
+    head = model.head
+    model.head = lambda hidden: logits.append(head(hidden)) or logits[-1].retain_grad() or logits[-1]
+    sft.sft_loss(model, ids, mask).backward()
+    full = torch.zeros(*ids[:, 1:].shape, logits[0].size(-1))
+    full[mask[:, 1:].bool()] = logits[0].grad
+    return full
+
+
+def test_only_the_assistants_tokens_are_learned_through_the_loader():
+    examples = sft.make_examples(rows_of(11), TOK, 96)
+    (ids, mask), = trainer.micro_batches(examples, 10**6, "cpu")
+    grad = logit_gradients(tiny(), ids, mask)
+    assistant, user = TOK.special["<|assistant|>"], TOK.special["<|user|>"]
+    for row in range(len(ids)):
+        speaking, expected = False, []
+        for token in ids[row].tolist():  # an independent reading of who speaks
+            expected.append(speaking)
+            speaking = token == assistant or speaking and token != TOK.end
+        assert grad[row].abs().sum(-1).gt(0).tolist() == expected[1:]
+        assert expected[-1] or ids[row, -1] in (0, TOK.end)
+    ends = (ids[:, 1:] == TOK.end) & mask[:, 1:].bool()
+    assert ends.sum() == sum(len([m for m in r["messages"] if m["role"] == "assistant"]) for r in rows_of(11))
+    assert (grad[ends].gather(1, torch.full((int(ends.sum()), 1), TOK.end)) < 0).all()  # the end token is pushed up
+    assert user in ids
+
+
+def test_head_on_supervised_positions_equals_the_loss_on_all_logits():
+    examples = sft.make_examples(rows_of(7), TOK, 96)
+    (ids, mask), = trainer.micro_batches(examples, 10**6, "cpu")
+    model = tiny()
+    short = sft.sft_loss(model, ids, mask)
+    full = sft.masked_loss(model(ids)[:, :-1], ids[:, 1:], mask[:, 1:])
+    assert torch.allclose(short, full, atol=1e-6)
+
+
+def test_padding_changes_nothing_whatever_its_id():
+    (ids, mask), = trainer.micro_batches(sft.make_examples(rows_of(5), TOK, 96), 10**6, "cpu")
+    model, losses = tiny(), []
+    for pad_id in (0, TOK.end, TOK.end_of_text):  # pad = eos is harmless: the mask says what counts, not the id
+        more = torch.cat([ids, torch.full((5, 4), pad_id)], dim=1)
+        padded = torch.where(torch.cat([ids == 0, torch.ones(5, 4, dtype=torch.bool)], 1), pad_id, more)
+        losses.append(sft.sft_loss(model, padded, torch.cat([mask, torch.zeros(5, 4, dtype=torch.long)], 1)).item())
+    assert losses == pytest.approx([sft.sft_loss(model, ids, mask).item()] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 40, 150, 10**6])
+def test_accumulation_equals_one_large_batch(micro_tokens):
+    rows = sft.make_examples(rows_of(13), TOK, 96)
+    n = sum(sum(mask[1:]) for _, mask in rows)
+    model, whole = tiny(), tiny()
+    (ids, mask), = trainer.micro_batches(rows, 10**6, "cpu")
+    sft.sft_loss(whole, ids, mask).backward()
+    losses = []
+    for ids, mask in trainer.micro_batches(rows, micro_tokens, "cpu"):
+        losses.append(sft.sft_loss(model, ids, mask, n))
+        losses[-1].backward()
+    assert len(losses) >= {1: 13, 40: 4, 150: 2, 10**6: 1}[micro_tokens]
+    for a, b in zip(model.parameters(), whole.parameters()):
+        assert torch.allclose(a.grad, b.grad, atol=1e-6)
+
+
+def test_long_conversations_lose_their_oldest_turns_never_their_answer():
+    turn = lambda word: [{"role": "user", "content": f"{word} ask"}, {"role": "assistant", "content": f"{word} answer"}]
+    messages = [{"role": "system", "content": "Be kind."}, *turn("first"), *turn("second"), *turn("third")]
+    said = []
+    whole = len(TOK.render(messages)[0])
+    (ids, mask), = sft.make_examples([{"messages": messages}], TOK, whole - 1, said.append)
+    text = TOK.encoding.decode(ids)
+    assert "first" not in text and "Be kind." in text and "second answer" in text and text.endswith("third answer<|end|>")
+    assert "1 of 1 conversations lost their oldest turns" in said[0]
+    short = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    kept = sft.make_examples([{"messages": messages[-2:]}, {"messages": short}], TOK, len(TOK.render(short)[0]), said.append)
+    assert len(kept) == 1 and "1 of 2 conversations dropped" in said[-1]
+    with pytest.raises(UserError, match="no conversation fits 3 tokens"):
+        sft.make_examples([{"messages": short}], TOK, 3, said.append)
+
+
+def test_evaluate_is_the_mean_over_tokens_not_over_batches():
+    examples, model = sft.make_examples(rows_of(9), TOK, 96), tiny(dropout=0.5)
+    expected = sum(sft.masked_loss(model.eval()(torch.tensor([ids]))[:, :-1], torch.tensor([ids[1:]]), torch.tensor([mask[1:]]), 1)
+                   for ids, mask in examples) / sum(sum(mask[1:]) for _, mask in examples)
+    model.train()
+    assert sft.evaluate(model, examples, RUN, 50) == pytest.approx(expected.item(), rel=1e-5) and model.training
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+SMALL = dict(steps=12, batch_size=6, n_sft=60, eval_every=0, sample_every=0, save_every=4, warmup=2, device="cpu",
+             dtype="float32", dropout="0.1", mix_rows=2)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny(n_embd=32).save_pretrained(folder)
+    TOK.save(folder)
+    return folder
+
+
+def command(script, config):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in config.items() if not isinstance(v, bool)]
+    return [sys.executable, *script, *flags, *[f"--{k}" for k, v in config.items() if v is True]]
+
+
+def weights(folder):
+    model = GPT.from_pretrained(folder)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def run(config, *script, **options):
+    """A script in a process of its own, as a user starts it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command(script or [str(ROOT / "sft.py")], config), capture_output=True, text=True, env=environment,
+                          timeout=120, **options)
+
+
+def test_resume_after_kill_9_equals_the_uninterrupted_run_bit_for_bit(base_folder, tmp_path):
+    config = SMALL | dict(init=str(base_folder), out=str(tmp_path / "whole"))
+    done = run(config)
+    assert done.returncode == 0, done.stderr
+    killed = config | dict(out=str(tmp_path / "killed"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command([str(ROOT / "sft.py")], killed), env=environment, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    log = tmp_path / "killed" / "log.jsonl"
+    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= 6):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = run(killed | dict(resume=True))
+    assert "resumed" in resumed.stdout, resumed.stdout + resumed.stderr
+    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert (tmp_path / "whole" / "log.jsonl").read_text() == log.read_text()
+
+
+def test_two_processes_equal_one_at_the_same_global_batch(base_folder, tmp_path):
+    config = SMALL | dict(init=str(base_folder), dropout="0", steps=6, lr=1e-3)
+    one = run(config | dict(out=str(tmp_path / "one")))
+    two = run(config | dict(out=str(tmp_path / "two")), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+              str(ROOT / "sft.py"))
+    assert one.returncode == 0 == two.returncode, one.stderr + two.stderr
+    a, b, start = weights(tmp_path / "one"), weights(tmp_path / "two"), weights(base_folder)
+    assert (a - b).abs().max() < 1e-5 < 1e-3 < (a - start).abs().max()
+
+
+def test_a_broken_step_stops_with_one_sentence_and_keeps_the_checkpoint(base_folder, tmp_path):
+    config = SMALL | dict(init=str(base_folder), out=str(tmp_path), lr=1e30, clip=0.0, warmup=0, save_every=1)
+    stopped = run(config)
+    assert stopped.returncode == 1 and "not finite" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert torch.isfinite(weights(tmp_path)).all()

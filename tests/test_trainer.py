@@ -1,0 +1,161 @@
+"""The shared parts of training: batches, schedule, optimizer step, checkpoints, resume, log."""
+import json
+
+import pytest
+import torch
+
+import trainer
+from errors import UserError
+from flags import TrainConfig
+
+RUN = trainer.Run(torch.device("cpu"), torch.float32)
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+def test_every_epoch_visits_every_row_once_in_another_order():
+    lengths = [3 + (7 * i) % 50 for i in range(103)]
+    batches = trainer.Batches(lengths, 10, seed=1)
+    first, second = ([i for step in range(e * 11, (e + 1) * 11) for i in batches[step]] for e in (0, 1))
+    assert len(batches) == 11 and first != second and sorted(first) == sorted(second) == list(range(103))
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    lengths = list(range(5, 300))
+    a, b = trainer.Batches(lengths, 8, seed=1), trainer.Batches(lengths, 8, seed=1)
+    a[0], a[90]
+    assert a[41] == b[41] != trainer.Batches(lengths, 8, seed=2)[41]
+
+
+def test_lengths_in_a_batch_are_similar():
+    lengths = [(37 * i) % 200 + 1 for i in range(1600)]
+    batches = trainer.Batches(lengths, 16, seed=0)
+    padded = sum(max(lengths[i] for i in batches[s]) * len(batches[s]) for s in range(len(batches)))
+    assert padded < 1.1 * sum(lengths)  # random batches of 16 would pad to nearly twice
+
+
+def test_micro_batches_hold_every_row_within_the_budget():
+    examples = [(list(range(1, n + 1)), [0] + [1] * (n - 1)) for n in (3, 30, 8, 8, 2, 17, 5)]
+    parts = trainer.micro_batches(examples, 24, "cpu")
+    assert sorted(len(ids[0]) for ids, _ in parts) and len(parts) > 2
+    assert all(ids.numel() <= 24 or len(ids) == 1 for ids, _ in parts)
+    rows = sorted(row[row > 0].tolist() for ids, _ in parts for row in ids)
+    assert rows == sorted(ids for ids, _ in examples)
+    assert sum(int(mask.sum()) for _, mask in parts) == sum(sum(mask) for _, mask in examples)
+    assert trainer.micro_batches([], 24, "cpu") == []
+
+
+# ---- optimizer and schedule ------------------------------------------------------------------------------------------
+
+def test_decay_on_matrices_only():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
+    matrices, vectors = trainer.adamw(model, TrainConfig(weight_decay=0.3)).param_groups
+    assert [p.dim() for p in matrices["params"]] == [2] and matrices["weight_decay"] == 0.3
+    assert [p.dim() for p in vectors["params"]] == [1, 1, 1] and vectors["weight_decay"] == 0.0
+
+
+def test_learning_rate_at_hand_worked_steps():
+    config = TrainConfig(lr=1.0, min_lr=0.1, warmup=3)
+    rates = lambda c: [round(trainer.learning_rate(step, 8, c), 6) for step in range(8)]
+    assert rates(config)[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates(config)[5] == pytest.approx(0.1 + 0.9 * 0.5, abs=1e-6) and rates(config)[7] == 0.1
+    config.schedule = "linear"
+    assert rates(config)[3:] == [1.0, 0.775, 0.55, 0.325, 0.1]
+    config.schedule = "constant"
+    assert rates(config)[3:] == [1.0] * 5
+    assert trainer.learning_rate(0, 1, TrainConfig(warmup=0, lr=1.0)) == 1.0  # a run of one step
+
+
+def test_update_clips_checks_and_steps():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert trainer.update(layer, optimizer, TrainConfig(clip=1.0), RUN, 0)["grad_norm"] == pytest.approx(5.0)
+    assert torch.allclose(before - layer.weight, torch.tensor([[0.6, 0.8]]), atol=1e-5) and layer.weight.grad is None
+    layer.weight.grad, before = torch.tensor([[float("nan"), 1.0]]), layer.weight.detach().clone()
+    with pytest.raises(UserError, match="step 7: .* not finite"):
+        trainer.update(layer, optimizer, TrainConfig(), RUN, 7)
+    assert torch.equal(before, layer.weight)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), trainer.replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UserError, match="could not be written"), trainer.replacing(path) as temporary:
+        raise OSError(28, "No space left on device")
+
+
+def state_of(tmp_path, steps=10, **settings):
+    config = TrainConfig(out=str(tmp_path), **settings)
+    model = torch.nn.Linear(3, 2)
+    return config, model, torch.optim.AdamW(model.parameters()), steps
+
+
+def test_state_round_trip_and_its_refusals(tmp_path):
+    config, model, optimizer, steps = state_of(tmp_path)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    trainer.save_state(config, RUN, 4, steps, model, optimizer)
+    config, other, fresh, steps = state_of(tmp_path, resume=True)
+    assert trainer.load_state(config, RUN, steps, other, fresh) == 4
+    assert torch.equal(other.weight, model.weight)
+    assert torch.equal(fresh.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    with pytest.raises(UserError, match="of 10 steps with seed 0"):
+        trainer.load_state(config, RUN, 11, other, fresh)
+    with pytest.raises(UserError, match="other weights"):
+        trainer.load_state(config, RUN, 10, torch.nn.Linear(3, 2, bias=False), fresh)
+    (tmp_path / trainer.STATE).write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(UserError, match="damaged"):
+        trainer.load_state(config, RUN, 10, other, fresh)
+    (tmp_path / trainer.STATE).unlink()
+    with pytest.raises(UserError, match="no unfinished run"):
+        trainer.load_state(config, RUN, 10, other, fresh)
+
+
+def test_a_state_says_that_a_run_is_unfinished(tmp_path):
+    config, model, optimizer, steps = state_of(tmp_path)
+    trainer.save_state(config, RUN, 4, steps, model, optimizer)
+    (tmp_path / "config.json").write_text("{}")
+    assert not trainer.is_finished(tmp_path)
+    trainer.finish(config, RUN, trainer.Log(config, RUN, 10, 10), save=lambda: None)
+    assert trainer.is_finished(tmp_path)
+
+
+# ---- log -------------------------------------------------------------------------------------------------------------
+
+def test_log_drops_the_lines_of_steps_that_are_done_again(tmp_path):
+    config = TrainConfig(out=str(tmp_path))
+    log = trainer.Log(config, RUN, 0, 6)
+    for step in log.steps():
+        log.write(step, loss=float(step))
+    log = trainer.Log(config, RUN, 4, 6)
+    for step in log.steps():
+        log.write(step, loss=-1.0)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(6)) and lines[3]["loss"] == 3.0 and lines[4]["loss"] == -1.0
+
+
+def test_ctrl_c_ends_the_loop_after_the_step_and_finish_saves(tmp_path):
+    import os
+    import signal
+    config, saved = TrainConfig(out=str(tmp_path)), []
+    log = trainer.Log(config, RUN, 0, 6)
+    for step in log.steps():
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        saved = [step]
+    assert saved == [2] and log.next == 3
+    with pytest.raises(UserError, match="before step 3 of 6.*--resume"):
+        trainer.finish(config, RUN, log, save=lambda: saved.append("saved"))
+    assert saved == [2, "saved"]
+
+
+def test_due_every_so_many_steps_and_at_the_end(tmp_path):
+    log = trainer.Log(TrainConfig(out=str(tmp_path)), RUN, 0, 7)
+    assert [step for step in range(7) if log.due(step, 3)] == [2, 5, 6] and not log.due(6, 0)

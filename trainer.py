@@ -1,0 +1,321 @@
+"""What every training script shares, as plain functions: the device, the order of the data, the optimizer, the schedule,
+checkpoints, the log. The loop itself stays in each script, because that is what a reader comes for.
+
+Two decisions make the rest short:
+- The batch of a step and its random numbers are functions of (seed, step). Resuming needs no random state and no position
+  in the data: the step number is both.
+- Gradients are sums over tokens divided by the number of supervised tokens of the whole optimizer step, over all
+  micro-batches and processes. So the processes only have to add their gradients, and no mean of means can creep in.
+"""
+import json
+import math
+import os
+import random
+import signal
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from errors import UserError
+
+
+# ---- device, dtype, processes ----------------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """Where a script runs: the device, the dtype of its matrix products, and its place among torchrun's processes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def share(self, rows):
+        """This process's part of a batch: every world-th row, so that rows sorted by length divide evenly."""
+        return rows[self.rank::self.world]
+
+    def sum(self, number):
+        """A number added over all processes."""
+        if self.world == 1:
+            return number
+        total = torch.tensor(float(number), dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device)
+        dist.all_reduce(total)
+        return total.item()
+
+    def print(self, *words, **options):
+        if self.rank == 0:
+            print(*words, flush=True, **options)
+
+
+def start(config):
+    """Chooses device and dtype, joins torchrun's processes where there are any -> Run."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {config.device} cannot be used here ({str(error).splitlines()[0]}): try --device cpu")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return Run(device, _dtype(config.dtype, device), rank, world)
+
+
+def _dtype(name, device):
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # a CPU without matrix units for bfloat16 emulates it, several times slower than float32
+    fast = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.bfloat16 if fast else torch.float32
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+class Batches:
+    """Which rows make the batch of a step: batches[step] -> indices. A function of (seed, step) and of the lengths only.
+
+    Every epoch visits every row once, in another order, in batches of similar lengths: rows are shuffled, sorted by
+    length within windows of some batches, and the batches shuffled again.
+    """
+
+    def __init__(self, lengths, batch_size, seed, window=16):
+        self.lengths, self.batch_size, self.seed, self.window = lengths, batch_size, seed, window
+        self.per_epoch = math.ceil(len(lengths) / batch_size)
+        self.epoch = self.order = None
+
+    def __len__(self):
+        return self.per_epoch
+
+    def __getitem__(self, step):
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, self._order(random.Random(f"{self.seed} {epoch}"))
+        return self.order[position]
+
+    def _order(self, rng):
+        rows = list(range(len(self.lengths)))
+        rng.shuffle(rows)
+        size, batches = self.batch_size, []
+        for i in range(0, len(rows), size * self.window):
+            window = sorted(rows[i:i + size * self.window], key=self.lengths.__getitem__)
+            batches += [window[j:j + size] for j in range(0, len(window), size)]
+        rng.shuffle(batches)
+        return batches
+
+
+def micro_batches(examples, micro_tokens, device):
+    """[(ids, mask), ...] -> [(ids (B, T), mask (B, T)), ...], padded on the right, each of at most micro_tokens tokens
+    (a longer single row still makes one). Padding is id 0 with mask 0: which id it is can never matter."""
+    parts, rows, longest = [], [], 0
+    for example in sorted(examples, key=lambda e: len(e[0])):
+        if rows and len(example[0]) * (len(rows) + 1) > micro_tokens:
+            parts, rows = parts + [rows], []
+        rows = rows + [example]
+    return [pad(rows, device) for rows in parts + [rows] if rows]
+
+
+def pad(examples, device="cpu"):
+    """[(ids, mask), ...] -> ids (B, T), mask (B, T), padded on the right with 0."""
+    T = max(len(ids) for ids, _ in examples)
+    return tuple(torch.tensor([row[k] + [0] * (T - len(row[k])) for row in examples], device=device) for k in (0, 1))
+
+
+# ---- one optimizer step ----------------------------------------------------------------------------------------------
+
+def adamw(model, config):
+    """AdamW with weight decay on matrices only: decaying a bias or a norm's gain regularises nothing."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    fused = all(p.device.type in ("cuda", "cpu") for p in parameters)  # one kernel for all tensors
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
+
+
+def learning_rate(step, steps, config):
+    """Linear warm-up to config.lr, then cosine or linear decay to min_lr * lr at the last step, or constant."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / (config.warmup + 1)
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup) / max(1, steps - 1 - config.warmup)  # 0 ... 1
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.lr * (config.min_lr + (1 - config.min_lr) * shape)
+
+
+def begin_step(step, steps, optimizer, config, run):
+    """Sets the step's learning rate and its random numbers (dropout), which depend on (seed, step, rank) alone."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, steps, config)
+    torch.manual_seed(random.Random(f"{config.seed} {step} {run.rank}").getrandbits(62))
+
+
+def update(model, optimizer, config, run, step):
+    """Adds the gradients of all processes, clips, checks, steps -> {"lr", "grad_norm"}.
+
+    Raises UserError before anything is changed where the gradient is not finite.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if run.world > 1:
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # this process may have had no rows
+        flat = torch.cat([p.grad.flatten() for p in parameters])  # one message instead of one per tensor
+        dist.all_reduce(flat)
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(part.view_as(p))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()
+    if not math.isfinite(norm):
+        raise UserError(f"step {step}: the loss or its gradient is not finite, so training stopped before it could spoil the "
+                        f"weights; the last checkpoint in {config.out} is kept: --resume with a lower --lr, or look for broken rows")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
+
+
+# ---- files: atomic, resumable ----------------------------------------------------------------------------------------
+
+STATE = "state.pt"
+
+
+@contextmanager
+def replacing(path):
+    """Gives a temporary path beside `path` and renames it when the block ends well: nobody ever sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror or error}): free some space or choose another --out")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_state(config, run, step, steps, model, optimizer):
+    """Everything --resume needs, in one file: it is either the old one or the new one, never half of each.
+
+    The weights are in it as well as in model.safetensors, so that no kill between two files can pair the weights of one
+    step with the optimizer of another. Adapters: only what is trained.
+    """
+    if run.rank == 0:
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        state = {"step": step, "steps": steps, "seed": config.seed, "model": trained, "optimizer": optimizer.state_dict()}
+        with replacing(Path(config.out) / STATE) as temporary:
+            torch.save(state, temporary)
+
+
+def load_state(config, run, steps, model, optimizer):
+    """With --resume: loads the state in --out -> the first step still to do. Without: 0."""
+    path = Path(config.out) / STATE
+    if not config.resume:
+        if path.is_file():
+            run.print(f"{config.out} holds an unfinished run; starting anew (--resume would go on with it)")
+        return 0
+    if not path.is_file():
+        raise UserError(f"--resume: {path} is not there, so {config.out} holds no unfinished run: start without --resume")
+    try:
+        state = torch.load(path, map_location=run.device, weights_only=True)
+        if (state["steps"], state["seed"]) != (steps, config.seed):
+            raise UserError(f"--resume: the run in {config.out} was of {state['steps']} steps with seed {state['seed']}, this one "
+                            f"would be of {steps} steps with seed {config.seed}: give the same flags, or start without --resume")
+        parameters = dict(model.named_parameters())
+        if set(state["model"]) != {name for name, p in parameters.items() if p.requires_grad}:
+            raise UserError(f"--resume: {path} holds other weights than this model trains: give the flags of the first start")
+        with torch.no_grad():
+            for name, tensor in state["model"].items():
+                parameters[name].copy_(tensor)
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:  # a cut or foreign file fails in many ways; the cure is one
+        raise UserError(f"--resume: {path} does not fit or is damaged ({str(error).splitlines()[0]}): start without --resume")
+    run.print(f"resumed {config.out} at step {state['step']} of {steps}")
+    return state["step"]
+
+
+def is_finished(folder):
+    """A stage is finished when its checkpoint is there and no state waits to be resumed."""
+    return (Path(folder) / "config.json").is_file() and not (Path(folder) / STATE).is_file()
+
+
+def finish(config, run, log, save):
+    """After the loop: saves, and stops the script with one line where Ctrl-C ended the loop early. A complete run does
+    not need its state (three times the weights) any more."""
+    save()
+    if log.stopped:
+        raise UserError(f"stopped before step {log.next} of {log.total}; saved in {config.out}: --resume goes on from there")
+    if run.rank == 0:
+        (Path(config.out) / STATE).unlink(missing_ok=True)
+
+
+# ---- log -------------------------------------------------------------------------------------------------------------
+
+class Log:
+    """The bar on the terminal and out/log.jsonl, a JSON object per line with its step. Written by process 0 only."""
+
+    def __init__(self, config, run, first, steps):
+        self.config, self.run, self.next, self.total = config, run, first, steps
+        self.shown, self.stopped = {}, False
+        self.path = Path(config.out) / "log.jsonl"
+        if run.rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            kept = []
+            if first and self.path.is_file():  # lines of steps that will be done again are dropped
+                kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] < first]
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+    def steps(self):
+        """Yields the steps still to do. Ctrl-C ends it after the step in progress, so the script saves as it always does;
+        a second Ctrl-C kills."""
+        def stop(signum, frame):
+            self.stopped = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        try:
+            before = signal.signal(signal.SIGINT, stop)
+        except ValueError:  # not the main thread (a notebook, a test)
+            before = None
+        self.bar = tqdm(total=self.total, initial=self.next, desc=self.config.out, disable=self.run.rank != 0,
+                        dynamic_ncols=True, mininterval=0.5)
+        try:
+            for step in range(self.next, self.total):
+                yield step
+                self.next = step + 1
+                self.bar.update()
+                self.stopped = bool(self.run.sum(self.stopped))
+                if self.stopped:
+                    break
+        finally:
+            self.bar.close()
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
+
+    def write(self, step, **numbers):
+        """Adds numbers to the log and to the bar."""
+        if self.run.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, **numbers}) + "\n")
+            self.shown |= {k: f"{v:.3g}" for k, v in numbers.items() if isinstance(v, (int, float))}
+            self.bar.set_postfix(self.shown, refresh=False)
+
+    def print(self, text):
+        """A line above the bar."""
+        if self.run.rank == 0:
+            tqdm.write(text)
+
+    def due(self, step, every):
+        """After this step, is it time? Every `every` steps, and after the last one."""
+        return bool(every) and ((step + 1) % every == 0 or step + 1 == self.total)
