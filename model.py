@@ -93,13 +93,20 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
+class TiedEmbedding(nn.Embedding):
+    """One matrix (V, C) used twice, as GPT-2 has it: a row for every token read, a score for every token to come."""
+
+    def logits(self, hidden):
+        return F.linear(hidden, self.weight)  # (..., C) -> (..., V)
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the head: GPT-2 ties the two
+        self.wte = TiedEmbedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.layer_dropout(0))
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -114,7 +121,7 @@ class GPT(nn.Module):
 
     @property
     def device(self):
-        return self.wte.weight.device
+        return self.wpe.weight.device
 
     def hidden(self, ids, cache=None):
         """ids (B, T) -> the final norm's output (B, T, C). With a cache, ids continue what the cache holds."""
@@ -132,7 +139,7 @@ class GPT(nn.Module):
     def head(self, hidden):
         """(..., C) -> logits (..., V). Call it only on the positions that need logits: with GPT-2's vocabulary the
         head is a third of the compute of the small model and most of its memory."""
-        return F.linear(hidden, self.wte.weight)
+        return self.wte.logits(hidden)
 
     def forward(self, ids):
         """ids (B, T) -> logits (B, T, V), at every position."""
@@ -144,7 +151,7 @@ class GPT(nn.Module):
         old = self.wte.weight.data
         if vocab_size > old.size(0):
             new = old.mean(dim=0, keepdim=True).expand(vocab_size - old.size(0), -1)
-            self.wte = nn.Embedding.from_pretrained(torch.cat([old, new]), freeze=not self.wte.weight.requires_grad)
+            self.wte = TiedEmbedding.from_pretrained(torch.cat([old, new]), freeze=not self.wte.weight.requires_grad)
             self.config.vocab_size = vocab_size
 
     # ---- Hugging Face folders --------------------------------------------------------------------------------------

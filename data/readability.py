@@ -3,8 +3,8 @@
     FRE = 206.835 - 1.015 * words / sentences - 84.6 * syllables / words       high is easy: 90 a child's book, 0 a law
     FKG = 0.39 * words / sentences + 11.8 * syllables / words - 15.59          the school year that can read it
 
-The formulas leave one thing open: what a syllable is. `syllables` is a rule of thumb of six rules, which gives 97.6 % of
-the words of children's stories the count of the CMU pronouncing dictionary, and 94.9 % of the words of web answers.
+The formulas leave one thing open: what a syllable is. `syllables` is a rule of thumb of six rules, as `textstat` and
+others have theirs, so scores differ a little from library to library: compare only numbers of one counter.
 """
 import re
 
@@ -14,7 +14,7 @@ def syllables(word):
 
     The rules: every group of vowels is one; a silent e at the end is none (but "table" and "bee" keep theirs); the
     e of -ed is silent ("jumped", not "wanted"); the e of -es is silent ("makes", not "boxes", "wishes"); some pairs of
-    vowels are spoken apart ("lion", "ruin", "trying") and -ism has a vowel that is not written; no word has none.
+    vowels are spoken apart ("radio", "video", "trying") and -ism has a vowel that is not written; no word has none.
     """
     word = word.lower()
     n = len(re.findall(r"[aeiouy]+", word))
@@ -42,6 +42,6 @@ def readability(text):
 
 
 def is_simple(text):
-    """Is it plain English that a child of about twelve reads with ease: FRE >= 60 and FKG < 9? A text without words is not."""
+    """Is it plain English, FRE >= 60 and FKG < 9? A text without words is not."""
     fre, fkg = readability(text)
     return fre >= 60 and fkg < 9

@@ -1,4 +1,5 @@
 """Every accepted shape, the order in which they are tried, broken files, and the counts of real ones where present."""
+import copy
 import gzip
 import json
 import random
@@ -70,6 +71,7 @@ SFT = [
     ("unpaired prompt/completion/label", {"prompt": "hi", "completion": "yo", "label": True}, TALK),
     ("alpaca", {"instruction": "say", "input": "yo", "output": "yo"}, [u("say\n\nyo"), a("yo")]),
     ("alpaca", {"instruction": "hi", "input": "", "output": "yo"}, TALK),
+    ("alpaca", {"instruction": "hi", "input": " \n", "output": "yo"}, TALK),
     ("alpaca", {"instruction": "hi", "context": None, "response": "yo"}, TALK),
     ("alpaca", {"instruction": "more", "output": "end", "history": [["hi", "yo"]], "system": "be kind"},
      [s("be kind")] + TWO + [a("end")]),
@@ -94,6 +96,7 @@ RANKED = [
     ("chosen/rejected", {"prompt": "hi", "chosen": TALK, "rejected": [u("hi"), a("no")]}, pair([u("hi")], "yo", "no")),
     ("chosen/rejected", {"prompt": HH, "chosen": " yo", "rejected": " no"}, pair(TWO, " yo", " no")),
     ("chosen/rejected", {"prompt": "hi", "chosen": "Human: x", "rejected": "no"}, pair([u("hi")], "Human: x", "no")),
+    ("chosen/rejected", {"prompt": "hi", "chosen": HH + " yo", "rejected": "no"}, pair([u("hi")], HH + " yo", "no")),
     ("chosen/rejected", {"chosen": TWO + [a("yo")], "rejected": TWO + [a("no")]}, pair(TWO, "yo", "no")),
     ("chosen/rejected", {"chosen": TWO + [a("yo")], "rejected": TWO + [a("yo")]}, pair(TWO, "yo", "yo")),
     ("chosen/rejected", {"chosen": HH + " yo", "rejected": HH + " yoyo"}, pair(TWO, "yo", "yoyo")),
@@ -109,7 +112,8 @@ RANKED = [
      pair([u("why\n\nso")], "yo", "no")),
     ("prompt/answers", {"prompt": "hi", "answers": [{"text": "yo", "score": 1}, {"text": "no", "score": 0}]},
      pair([u("hi")], "yo", "no")),
-    ("prompt/answers", {"prompt": "hi", "responses": [{"response": "yo", "rank": 0}, {"response": "no", "rank": 2}]},
+    ("prompt/answers", {"prompt": "hi", "responses": [{"response": "yo", "rank": 0, "score": None},
+                                                       {"response": "no", "rank": 2}]},
      {"prompt": [u("hi")], "answers": [{"text": "yo", "score": 0.0}, {"text": "no", "score": -2.0}]}),
     ("prompt/answers", {"instruction": "hi", "completions": [{"response": "yo", "overall_score": 1.0},
                                                              {"response": "no", "overall_score": "0"}]},
@@ -155,8 +159,10 @@ def test_the_first_matching_shape_wins(tmp_path):
     assert load_one(tmp_path, row, "sft") == ({"messages": TALK}, "messages")
     row = {"prompt": "hi", "chosen": "yo", "rejected": "no", "completion": "other"}
     assert load_one(tmp_path, row, "sft") == ({"messages": TALK}, "chosen/rejected")
-    row = {"instruction": "other", "output": "other", "prompt": "hi", "completion": "yo", "question": "x", "answer": "x"}
+    row = {"instruction": "x", "output": "x", "prompt": "hi", "completion": "yo", "question": "x", "answer": "x"}
     assert load_one(tmp_path, row, "sft") == ({"messages": TALK}, "prompt/completion")
+    row = {"question": "hi", "answer": "yo", "instruction": "x", "query": "x"}
+    assert load_one(tmp_path, row, "sft") == ({"messages": TALK}, "question/answer")
     row = {"instruction": "hi", "output": "yo", "text": "### Human: other### Assistant: other"}
     assert load_one(tmp_path, row, "sft") == ({"messages": TALK}, "alpaca")
     row = {"messages": TALK, "prompt": "hi", "chosen": TALK, "rejected": [u("hi"), a("no")]}  # both forms in one row
@@ -174,15 +180,25 @@ def test_the_best_answer_wins_wherever_it_stands_and_any_field_can_rank(tmp_path
     with pytest.raises(UserError, match="'kind'.*numbers are under score, helpful"):
         files.load(put(tmp_path, [row]), "ranked", score="kind")
     rated = [{"response": x, "annotations": {"honesty": {"Rating": r}}} for x, r in (("A", "1"), ("B", "5"))]
-    assert load_one(tmp_path, {"instruction": "q", "completions": rated}, "sft", score="honesty")[0]["messages"][1] == a("B")
+    row = {"instruction": "q", "completions": rated}
+    assert load_one(tmp_path, row, "sft", score="honesty")[0]["messages"][1] == a("B")
     tldr = {"info": {"title": "t"}, "summaries": [{"text": "A"}, {"text": "B"}], "choice": 1}
     assert load_one(tmp_path, tldr, "sft")[0]["messages"][1] == a("B")
 
 
+def test_one_answer_can_be_imitated_but_not_compared(tmp_path):
+    lone = {"prompt": "hi", "answers": [{"text": "yo", "score": 1}]}
+    both = {"prompt": "hi", "chosen": "yo", "rejected": "no"}
+    assert load_one(tmp_path, lone, "sft")[0]["messages"] == TALK
+    rows, report = files.load(put(tmp_path, [lone, lone, both]), "ranked")  # no fault of the file's: it goes on
+    assert len(rows) == 1 and report.dropped == {"fewer than two answers": (2, 1)}
+
+
 def test_a_bad_label_is_never_imitated(tmp_path):
-    rows = [{"prompt": "q", "completion": "good", "label": True}] + [{"prompt": "q", "completion": "bad", "label": False}] * 3
+    rows = [{"prompt": "q", "completion": text, "label": text == "good"} for text in ("good", "bad", "bad", "bad")]
     kept, report = files.load(put(tmp_path, rows), "sft")
-    assert [row["messages"][-1] for row in kept] == [a("good")] and report.dropped == {"labelled as a bad answer": (3, 2)}
+    assert [row["messages"][-1] for row in kept] == [a("good")]
+    assert report.dropped == {"labelled as a bad answer": (3, 2)}
     with pytest.raises(UserError, match="unpaired.*needs several answers"):
         files.load(put(tmp_path, rows), "ranked")
 
@@ -192,10 +208,11 @@ def node(name, role, text, rank=None, replies=(), **more):
 
 
 TREE = {"message_tree_id": "r", "prompt": node("r", "prompter", "q", replies=[
-    node("x", "assistant", "worse", 1, [node("y", "prompter", "why", replies=[node("z", "assistant", "so")])]),
+    node("x", "assistant", "worse", 1, [node("y", "prompter", "why", replies=[node("z", "assistant", "so", 0)])]),
     node("v", "assistant", "gone", 0, deleted=True),
     node("w", "assistant", "best", 0, [node("t", "prompter", "thanks", replies=[
-        node("n", "assistant", "np", 2), node("m", "assistant", "welcome", 1), node("k", "assistant", "ok", None)])])])}
+        node("n", "assistant", "np", 2), node("m", "assistant", "welcome", 1, [node("b", "prompter", "bye")]),
+        node("k", "assistant", "ok", None)])])])}
 TREE_RANKED = [
     {"prompt": [u("q")], "answers": [{"text": "worse", "score": -1.0}, {"text": "best", "score": 0.0}]},
     {"prompt": [u("q"), a("best"), u("thanks")], "answers": [{"text": "np", "score": -2.0},
@@ -211,14 +228,13 @@ def flattened(root, parent=None):
 @pytest.mark.parametrize("flat", [False, True])
 def test_oasst_trees_and_flat_rows_agree(tmp_path, flat):
     rows = list(flattened(TREE["prompt"])) if flat else [TREE]
-    random.Random(0).shuffle(rows[:0])
     path = put(tmp_path, rows)
     ranked, report = files.load(path, "ranked")
     assert ranked == TREE_RANKED
-    assert (report.read, report.used, report.kept) == ((9, 9, 2) if flat else (1, 1, 2))
+    assert (report.read, report.used, report.kept) == ((11, 11, 2) if flat else (1, 1, 2))
     assert files.load(path, "sft")[0] == [{"messages": [u("q"), a("best"), u("thanks"), a("welcome")]}]
     prompts = [row["prompt"][-1]["content"] for row in files.load(path, "prompts")[0]]
-    assert prompts == ["q", "why", "thanks"]
+    assert prompts == ["q", "why", "thanks", "bye"]
 
 
 def test_flat_rows_in_any_order_orphans_and_circles(tmp_path):
@@ -227,7 +243,7 @@ def test_flat_rows_in_any_order_orphans_and_circles(tmp_path):
             node("d", "assistant", "d", 0, parent_id="c"), node("r", "prompter", "again")]
     ranked, report = files.load(put(tmp_path, rows[::-1] + lost), "ranked")
     assert sorted(row["prompt"][-1]["content"] for row in ranked) == ["q", "thanks"]
-    assert report.dropped == {"hangs on a message that is not there": (3, 10), "message_id seen before": (1, 13)}
+    assert report.dropped == {"hangs on a message that is not there": (3, 12), "message_id seen before": (1, 15)}
 
 
 def test_merge_system(tmp_path):
@@ -260,7 +276,8 @@ BAD = [
     ("assistant's turns to be joined have different loss_weight",
      {"messages": [u("hi"), a("yo") | {"loss_weight": 0}, a("yo") | {"loss_weight": 1}]}),
     ("chosen and rejected without a prompt", {"chosen": "yo", "rejected": "no"}),
-    ("chosen and rejected differ before their last answer", {"chosen": HH + " yo", "rejected": "\n\nHuman: x\n\nAssistant: y"}),
+    ("chosen and rejected differ before their last answer",
+     {"chosen": HH + " yo", "rejected": "\n\nHuman: x\n\nAssistant: y"}),
     ("empty answer", {"chosen": HH, "rejected": HH + " no"}),
     ("no number under 'score' in an answer", {"prompt": "q", "answers": [{"text": "x", "score": True}]}),
     ("no number under 'score' in an answer", {"prompt": "q", "answers": [{"text": "x", "score": float("nan")}]}),
@@ -273,16 +290,16 @@ def test_bad_rows_are_dropped_and_counted_with_the_first_line(tmp_path, reason, 
     good = {"messages": TALK}
     rows, report = files.load(put(tmp_path, [good, "", good, row, good, row]), "sft")
     assert [x["messages"] for x in rows] == [TALK] * 3
-    assert (report.read, report.kept, report.dropped) == (5, 3, {reason: (2, 4)})  # the blank line counts as a line only
+    assert (report.read, report.kept, report.dropped) == (5, 3, {reason: (2, 4)})  # a blank line is no row
     assert f"5 rows read, 3 kept (messages); dropped 2: {reason} (first: row 4)" in str(report)
 
 
 def test_more_than_half_bad_stops_and_half_does_not(tmp_path):
     good, bad = {"messages": TALK}, {"messages": [u("hi"), a("")]}
     assert files.load(put(tmp_path, [good, bad]), "sft")[1].kept == 1
-    with pytest.raises(UserError, match=r"x.jsonl: 2 of its 3 rows are bad; most often: empty answer \(2, first: row 2\)"):
+    with pytest.raises(UserError, match=r"x.jsonl: 2 of its 3 rows are bad; most often: empty answer \(2, first: row"):
         files.load(put(tmp_path, [good, bad, bad]), "sft")
-    with pytest.raises(UserError, match=r"none of its 1 row.*unknown keys \(1, first: row 1: its keys are foo, bar\).*rename"):
+    with pytest.raises(UserError, match=r"none of its 1 row.*unknown keys .*row 1: its keys are foo, bar\); rename"):
         files.load(put(tmp_path, [{"foo": 1, "bar": 2}]), "sft")
 
 
@@ -294,7 +311,7 @@ def test_several_reasons_stand_below_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("row, want, said", [
-    ({"messages": TALK}, "ranked", r"holds SFT conversations \(messages\); training on preferences needs several answers"),
+    ({"messages": TALK}, "ranked", r"holds SFT conversations \(messages\); training on preferences needs several"),
     ({"text": "once"}, "sft", r"holds plain text \(text\); supervised fine-tuning needs"),
     ({"prompt": "hi"}, "sft", r"holds prompts without answers \(prompt\)"),
     ({"prompt": "hi", "completion": "yo"}, "text", r"holds SFT conversations \(prompt/completion\); pretraining needs"),
@@ -322,8 +339,7 @@ PAGE = {"features": [{"name": "prompt"}], "rows": [{"row_idx": i, "row": row} fo
     ("x.csv", "Prompt,Completion\nhi,yö\nmore,end\n"),
     ("x.csv", 'id;prompt;completion\r\n1;"hi";yö\r\n2;more;end\r\n'),
     ("x.tsv", "prompt\tcompletion\nhi\työ\nmore\tend"),
-    ("x.csv", 'messages\n"[{""role"": ""user"", ""content"": ""hi""}, {""role"": ""assistant"", ""content"": ""yö""}]"\n'
-              '"[{""role"": ""user"", ""content"": ""more""}, {""role"": ""assistant"", ""content"": ""end""}]"\n'),
+    ("x.csv", "messages\n" + "\n".join('"' + json.dumps(row["messages"]).replace('"', '""') + '"' for row in GOOD_SFT)),
 ])
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
 @pytest.mark.parametrize("packed", [False, True])
@@ -336,7 +352,8 @@ def test_endings(tmp_path, name, text, bom, packed):
 
 
 def test_one_object_is_one_row(tmp_path):
-    for row in ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}, {"messages": TALK}):
+    sharegpt = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
+    for row in (sharegpt, {"messages": TALK}):
         path = tmp_path / "x.json"
         path.write_text(json.dumps(row, indent=2))
         assert files.load(path, "sft")[0] == [{"messages": TALK}]
@@ -347,6 +364,14 @@ def test_txt_documents(tmp_path):
     path.write_bytes("\ufeff\n\none\r\n  two\n \t\n\nthree".encode())
     rows, report = files.load(path, "text")
     assert rows == [{"text": "one\n  two"}, {"text": "three"}] and report.read == 2
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet
+    rows = [{"messages": row["messages"], "system": None} for row in GOOD_SFT]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert files.load(tmp_path / "x.parquet", "sft")[0] == GOOD_SFT
 
 
 def test_csv_rows_of_the_wrong_width_and_line_breaks_in_cells(tmp_path):
@@ -366,7 +391,8 @@ def test_a_line_that_is_too_long_costs_one_row(tmp_path, monkeypatch):
 
 def test_bytes_that_are_no_utf8(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_bytes(b"\n".join(json.dumps(GOOD[0]).encode() for _ in range(2)) + b'\n{"prompt": "h\xe9", "completion": "yo"}')
+    good = json.dumps(GOOD[0]).encode() + b"\n"
+    path.write_bytes(good * 2 + b'{"prompt": "h\xe9", "completion": "yo"}')
     assert files.load(path, "sft")[1].dropped == {"not UTF-8, or half of a surrogate pair": (1, 3)}
     path.write_bytes(b'{"prompt": "h\xe9", "completion": "yo"}\n')
     with pytest.raises(UserError, match="save the file as UTF-8"):
@@ -417,21 +443,19 @@ def test_hold_out_is_seeded_disjoint_and_keeps_the_order():
     assert len(held) == 100 and sorted(train + held, key=lambda row: row["id"]) == rows
     assert all(part == sorted(part, key=lambda row: row["id"]) for part in (train, held))
     assert files.hold_out(rows, 0.1, seed=3) == (train, held) != files.hold_out(rows, 0.1, seed=4)
-    assert [row["id"] for row in held[:4]] == HELD_WITH_SEED_3  # the same in every process
+    assert [row["id"] for row in held[:4]] == [13, 15, 29, 31]  # the same in every process
     assert len(files.hold_out(rows, 0.9)[1]) == 500 and len(files.hold_out(rows[:3], 0.1)[1]) == 1
     assert files.hold_out(rows, 0, at_least=0) == (rows, [])
     with pytest.raises(UserError, match="too few"):
         files.hold_out(rows[:1])
 
 
-HELD_WITH_SEED_3 = []
-
-
 def damaged(rng, row):
     """A line of JSON with one to three random hurts: types swapped, keys lost, bytes changed, the end cut off."""
     row = json.loads(json.dumps(row))
-    junk = [None, 3, 1e400, True, "", " ", "x", "\ud800", "\0", [], {}, [[]], [None], [{}], {"a": 1}, ["a", 1], [u("x")],
-            [{"from": [], "value": {}}], {"text": ["a"], "score": ["b", 1]}, {"replies": 1}, {"replies": [{}]}]
+    junk = [None, 3, 1e400, True, "", " ", "x", "\ud800", "\0", [], {}, [[]], [None], [{}], {"a": 1}, ["a", 1],
+            [u("x")], [{"from": [], "value": {}}], {"text": ["a"], "score": ["b", 1]}, {"replies": 1},
+            {"replies": [{}]}]
     for _ in range(rng.randint(1, 3)):
         place = row
         while True:
@@ -445,7 +469,7 @@ def damaged(rng, row):
             if isinstance(place, dict) and rng.random() < 0.3:
                 place[rng.choice(["messages", "prompt", "role", "text", "answers", "system", "label"])] = place.pop(key)
             else:
-                place[key] = rng.choice(junk)
+                place[key] = copy.deepcopy(rng.choice(junk))
             break
     line = bytearray(json.dumps(row, ensure_ascii=rng.random() < 0.8).encode("utf-8", "surrogatepass"))
     for _ in range(rng.choice([0, 0, 0, 1, 3])):
@@ -456,12 +480,13 @@ def damaged(rng, row):
 @pytest.mark.parametrize("want", files.FORMS)
 def test_fuzz_ends_in_counts_or_in_one_sentence(tmp_path, want):
     """10,000 damaged rows over the four forms, in small files (so that many end well) and of every shape."""
-    rng = random.Random(FUZZ_SEED)
+    rng = random.Random(1)
     seeds = [row for _, row, _ in SFT + RANKED + PROMPTS] + [TREE, {"text": "plain"}] + list(flattened(TREE["prompt"]))
     ended_well = 0
     for i in range(50):
         lines = [damaged(rng, rng.choice(seeds)) for _ in range(50)]
-        lines += [json.dumps(rng.choice(RANKED)[1] if want != "text" else {"text": "plain"}).encode() for _ in range(120)]
+        sound = [{"text": "plain"}] if want == "text" else [row for _, row, _ in RANKED]
+        lines += [json.dumps(rng.choice(sound)).encode() for _ in range(120)]
         rng.shuffle(lines)
         path = tmp_path / rng.choice(["x.jsonl", "x.json", "x.csv", "x.txt"][:2 + 2 * (i % 5 == 0)])
         path.write_bytes(b"\n".join(lines))
@@ -476,9 +501,6 @@ def test_fuzz_ends_in_counts_or_in_one_sentence(tmp_path, want):
         for row in rows:
             json.dumps(row, ensure_ascii=False).encode()
     assert ended_well > 20
-
-
-FUZZ_SEED = 1
 
 
 @pytest.mark.parametrize("name, want, read, kept", [

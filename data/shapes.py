@@ -1,0 +1,547 @@
+"""What a row of a user's file means: the accepted shapes, and how each becomes one of four forms.
+
+    sft      {"messages": [{"role", "content"}, ...]}                      ends with the assistant
+    ranked   {"prompt": [messages], "answers": [{"text", "score"}, ...]}   two or more; larger scores are better
+    prompts  {"prompt": [messages]}                                        ends with the user
+    text     {"text": str}
+
+Every row is recognised by its keys, never by the file's name. The table SHAPES below holds the accepted shapes in the
+order in which they are tried; the first one that can give the wanted form wins.
+
+Conversions: ranked -> sft takes the best answer (the first of equals), sft -> prompts drops the last answer, a
+chosen/rejected pair is ranked with scores 1 and 0.
+
+What is changed in a user's text, and nothing else: consecutive turns of one role are joined with a blank line, an
+empty system prompt is left out, an instruction and its input are joined with a blank line, and in transcripts
+("Human: ... Assistant: ...") the markers go, with the white space that set them off. null is the same as absent.
+"""
+import math
+import re
+from dataclasses import dataclass
+
+
+ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user",
+         "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant"}
+TOOLS = ("tool", "function", "function_call", "observation")
+REPLY_KEYS = ("completion", "response", "answer", "output")       # beside a prompt: one answer
+LIST_KEYS = ("answers", "completions", "responses")               # beside a prompt: several, scored
+QUESTION_KEYS = ("prompt", "instruction", "question", "query")
+KEPT_KEYS = ("kind", "category", "source")                        # strings that tables are grouped by
+MARKER = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?|### ?(Human|Assistant): ?\n?")
+
+
+class BadRow(Exception):
+    """Why one row cannot be used: `reason` is counted, `detail` is told for the first such row only."""
+
+    def __init__(self, reason, detail=""):
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+# ---- turns: every spelling of a message becomes {"role", "content"} ----
+
+def first(raw, *keys):
+    """The first of these keys' values that is there, or None."""
+    return next((raw[key] for key in keys if raw.get(key) is not None), None)
+
+
+def as_text(value, name):
+    if isinstance(value, list):  # OpenAI's and LLaMA-Factory's content parts
+        parts = [first(part, "text", "value") if isinstance(part, dict) else None for part in value]
+        if parts and all(isinstance(part, str) for part in parts):
+            return "".join(parts)
+    if not isinstance(value, str):
+        raise BadRow(f"{name} is not text", f"it is {shown(value)}")
+    return value
+
+
+def as_number(value):
+    """A finite float, or None: files hold 5, 5.0, "5", "N/A", NaN and true."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def as_turn(raw):
+    """{role, content} (OpenAI) or {from, value} (ShareGPT) -> {role, content[, loss_weight]}."""
+    if not isinstance(raw, dict):
+        raise BadRow("a message is not an object", f"it is {shown(raw)}")
+    role = first(raw, "role", "from")
+    if role in TOOLS:
+        raise BadRow("a tool's turn", f"its role is {shown(role)}")
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise BadRow("unknown role", f"it is {shown(role)}")
+    message = {"role": ROLES[role.lower()], "content": as_text(first(raw, "content", "value"), "a message")}
+    if raw.get("loss_weight") is not None:
+        weight = as_number(raw["loss_weight"])
+        if weight is None or weight < 0:
+            raise BadRow("loss_weight is not a number", f"it is {shown(raw['loss_weight'])}")
+        message["loss_weight"] = weight
+    return message
+
+
+def as_turns(value, role):
+    """A string is one turn of `role`; a message or a list of messages speaks for itself."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [as_turn(raw) for raw in (value if isinstance(value, list) else [value])]
+
+
+def alternating(strings, name):
+    if not isinstance(strings, list):
+        raise BadRow(f"{name} is not a list", f"it is {shown(strings)}")
+    return [{"role": ("user", "assistant")[i % 2], "content": as_text(s, name)} for i, s in enumerate(strings)]
+
+
+def split_transcript(text):
+    """Human: ... Assistant: ..., or ### Human: ... ### Assistant: ... -> messages. Words before are the system's."""
+    marks = list(MARKER.finditer(text))
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    before = text[:marks[0].start()].strip() if marks else ""
+    messages = [{"role": "system", "content": before}] if before else []
+    for mark, end in zip(marks, ends):
+        said = text[mark.end():end]
+        said = said if mark is marks[-1] else said.rstrip()
+        messages.append({"role": ROLES[(mark[1] or mark[2]).lower()], "content": said})
+    return messages
+
+
+def is_transcript(text):
+    """True where the first marker is the human's and the assistant has one too."""
+    if not isinstance(text, str):
+        return False
+    speakers = [mark[1] or mark[2] for mark in MARKER.finditer(text)]
+    return speakers[:1] == ["Human"] and "Assistant" in speakers
+
+
+def as_prompt(value):
+    """The conversation up to the answer. A transcript may end with the bare "Assistant:" that asks for it."""
+    if is_transcript(value) and MARKER.match(value):
+        turns = split_transcript(value)
+        return turns[:-1] if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip() else turns
+    return as_turns(value, "user")
+
+
+def with_system(row, messages):
+    """A row's own `system` string stands first, where the messages bring none."""
+    if row.get("system") and messages[:1] and messages[0]["role"] != "system":
+        return [{"role": "system", "content": as_text(row["system"], "system")}] + messages
+    return messages
+
+
+def with_input(row):
+    """Alpaca's and Dolly's question: the instruction, a blank line, and its input where there is one."""
+    more = as_text(first(row, "input", "context") or "", "input")
+    instruction = as_text(row["instruction"], "instruction")
+    return f"{instruction}\n\n{more}" if more.strip() else instruction
+
+
+def question(row):
+    """The prompt of a row that names it: prompt, instruction (+ input), question, query, or a conversation."""
+    key = next((key for key in (*QUESTION_KEYS, "conversations", "messages") if key in row), None)
+    if key is None:
+        raise BadRow("chosen and rejected without a prompt")
+    return with_system(row, as_prompt(with_input(row) if key == "instruction" else row[key]))
+
+
+# ---- one function a family of shapes: a raw row -> an internal row ----
+
+def from_messages(row):
+    return {"messages": with_system(row, as_turns(as_list(row, "messages"), "user"))}
+
+
+def from_conversation(row):
+    """ShareGPT: dicts. LIMA: strings, the user first."""
+    turns = as_list(row, "conversations" if "conversations" in row else "conversation")
+    lima = all(isinstance(turn, str) for turn in turns)
+    return {"messages": with_system(row, alternating(turns, "conversations") if lima else as_turns(turns, "user"))}
+
+
+def from_ultrachat(row):
+    return {"messages": alternating(row["data"], "data")}
+
+
+def from_pair(row):
+    """chosen and rejected: the answers beside a prompt, or whole conversations that share all but their last turn."""
+    explicit = any(key in row for key in (*QUESTION_KEYS, "conversations", "messages"))
+    sides = [split_transcript(side) if not explicit and is_transcript(side) else as_turns(side, "assistant")
+             for side in (row["chosen"], row["rejected"])]
+    if not all(sides):
+        raise BadRow("empty answer")
+    if sides[0][0]["role"] == "assistant":
+        prompt = question(row)
+    else:
+        shared = 0
+        while shared < min(map(len, sides)) - 1 and sides[0][shared] == sides[1][shared]:
+            shared += 1
+        prompt, sides = with_system(row, sides[0][:shared]), [side[shared:] for side in sides]
+    if any(len(side) != 1 or side[0]["role"] != "assistant" for side in sides):
+        raise BadRow("chosen and rejected differ before their last answer")
+    answers = [{"text": side[0]["content"], "scores": {"score": score}} for side, score in zip(sides, (1, 0))]
+    return {"prompt": prompt, "answers": answers}
+
+
+def from_eli5(row):
+    """The user asks the title and, after a blank line, the selftext."""
+    more = as_text(row.get("selftext", ""), "selftext")
+    title = as_text(row["title"], "title")
+    asked = f"{title}\n\n{more}" if more.strip() else title
+    return {"prompt": as_turns(asked, "user"), "answers": scored(row["answers"], "answers")}
+
+
+def from_answers(row):
+    key = next(key for key in LIST_KEYS if key in row)
+    return {"prompt": question(row), "answers": scored(row[key], key)}
+
+
+def scored(answers, name):
+    """[{text, score}, ...], or {text: [...], score: [...]} -> [{text, scores: every score field}, ...]."""
+    if isinstance(answers, dict):
+        lists = {key: value for key, value in answers.items() if isinstance(value, list)}
+        count = len(lists.get("text", []))
+        answers = [{key: value[i] for key, value in lists.items() if len(value) == count} for i in range(count)]
+    if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
+        raise BadRow(f"{name} is not a list of answers with scores", f"it is {shown(answers)}")
+    out = []
+    for answer in answers:
+        text = first(answer, "text", "response", "answer", "completion", "content")
+        notes = answer["annotations"] if isinstance(answer.get("annotations"), dict) else {}  # UltraFeedback
+        ratings = {key: note.get("Rating") for key, note in notes.items() if isinstance(note, dict)}
+        out.append({"text": as_text(text, "an answer"), "scores": {**ratings, **answer}})
+    return out
+
+
+def from_tldr(row):
+    info, summaries, best = row["info"], row["summaries"], row["choice"]
+    lists = isinstance(info, dict) and isinstance(summaries, list) and len(summaries) == 2
+    if not lists or best not in (0, 1, "0", "1"):
+        raise BadRow("info, summaries or choice of the wrong type")
+    fields = [("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post"), ("ARTICLE: ", "article")]
+    lines = [head + as_text(info[key], key) for head, key in fields if info.get(key)]
+    texts = [as_text(summary.get("text") if isinstance(summary, dict) else None, "a summary") for summary in summaries]
+    answers = [{"text": text, "scores": {"score": int(i == int(best))}} for i, text in enumerate(texts)]
+    return {"prompt": as_turns("\n\n".join(lines + ["TL;DR:"]), "user"), "answers": answers}
+
+
+def from_prompt_reply(row):
+    return {"messages": question(row) + as_turns(first(row, *REPLY_KEYS), "assistant")}
+
+
+def from_labelled(row):
+    """One answer judged good or bad (KTO): a bad one must never become an example to imitate."""
+    return from_prompt_reply(row) | {"label": str(row["label"]).lower() == "true"}
+
+
+def from_alpaca(row):
+    history = row.get("history", [])
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise BadRow("history is not a list of pairs")
+    before = alternating([text for pair in history for text in pair], "history")
+    reply = as_turns(first(row, "output", "response"), "assistant")
+    return {"messages": with_system(row, before + as_turns(with_input(row), "user") + reply)}
+
+
+def from_qa(row):
+    reply = as_text(first(row, "answer", "best_answer"), "an answer")
+    return {"messages": with_system(row, as_prompt(row["question"])) + as_turns(reply, "assistant")}
+
+
+def from_transcript(row):
+    return {"messages": split_transcript(row["text"])}
+
+
+def from_text(row):
+    return {"text": as_text(row["text"], "text")}
+
+
+def from_turns(row):
+    """MT-bench: the first turn is the prompt, the others are kept as `follow_ups`."""
+    turns = [as_text(turn, "turns") for turn in as_list(row, "turns")]
+    return {"prompt": with_system(row, as_turns(turns[0], "user")), "follow_ups": turns[1:]}
+
+
+def from_question(row):
+    return {"prompt": question(row)}
+
+
+def as_list(row, key):
+    if not isinstance(row[key], list) or not row[key]:
+        raise BadRow(f"{key} is not a list of turns", f"it is {shown(row[key])}")
+    return row[key]
+
+
+def shown(value):
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "an object"
+    return (repr(value)[:60] + "...") if len(repr(value)) > 60 else repr(value)
+
+
+# ---- OpenAssistant: trees of messages, whole or as one flat row a message ----
+
+def from_tree(row):
+    return {"tree": row["prompt"]}
+
+
+def best_thread(root):
+    """The root and, from there on, the best-ranked reply to everything, up to the assistant's last word."""
+    thread, node = [], root
+    while node is not None:
+        thread.append(tree_turn(node))
+        node = min(replies(node), key=rank_of, default=None)
+    return thread if thread[-1]["role"] == "assistant" else thread[:-1]
+
+
+def tree_rows(root, want):
+    """Internal rows of one tree. sft: its best thread; ranked: a row at every user's message with two or more ranked
+    replies (rank 0 is best); prompts: every user's message. The prompt is the path from the root."""
+    if want == "sft":
+        thread = best_thread(root)
+        return [{"messages": thread}] if thread else []
+    rows, stack = [], [(root, [])]
+    while stack:
+        node, path = stack.pop()
+        path = path + [tree_turn(node)]
+        stack += [(reply, path) for reply in reversed(replies(node))]
+        ranked = [reply for reply in replies(node) if rank_of(reply) < math.inf]
+        if path[-1]["role"] == "user" and want == "prompts":
+            rows.append({"prompt": path})
+        elif path[-1]["role"] == "user" and len(ranked) >= 2:
+            answers = [{"text": tree_turn(reply)["content"], "scores": {"rank": reply["rank"]}} for reply in ranked]
+            rows.append({"prompt": path, "answers": answers})
+    return rows
+
+
+def rank_of(node):
+    rank = as_number(node.get("rank"))
+    return math.inf if rank is None else rank
+
+
+def replies(node):
+    found = node.get("replies", [])
+    if not isinstance(found, list) or not all(isinstance(reply, dict) for reply in found):
+        raise BadRow("replies is not a list of messages")
+    return [reply for reply in found if not reply.get("deleted")]
+
+
+def tree_turn(node):
+    return as_turn({"role": node.get("role"), "content": node.get("text")})
+
+
+def is_flat(row):
+    return isinstance(row.get("message_id"), str) and row.get("role") in ("prompter", "assistant") and "text" in row
+
+
+def from_flat(row):
+    if not as_text(row["text"], "text").strip():
+        raise BadRow("empty message")
+    if not isinstance(row.get("parent_id", ""), str):
+        raise BadRow("parent_id is not text")
+    return {"flat": row}
+
+
+def plant(flat):
+    """[(row number, flat row), ...] -> [(root, row numbers of its tree), ...], [row numbers that hang on no root]."""
+    nodes = {row["message_id"]: {**row, "replies": [], "number": number} for number, row in flat}
+    for node in nodes.values():
+        if node.get("parent_id") in nodes:
+            nodes[node["parent_id"]]["replies"].append(node)
+    trees, loose = [], {number for number, _ in flat}
+    for root in nodes.values():
+        if not root.get("parent_id"):
+            members = [root]
+            for node in members:  # grows while it is read: breadth first
+                members += node["replies"]
+            trees.append((root, [node["number"] for node in members]))
+            loose -= {node["number"] for node in members}
+    return trees, sorted(loose)
+
+
+# ---- the shapes, in the order in which they are tried ----
+
+@dataclass(frozen=True)
+class Shape:
+    name: str          # how a report calls it
+    test: object       # row -> bool: by its keys
+    convert: object    # row -> internal row, or BadRow
+    gives: tuple       # the forms that can be made of it, its own first
+
+
+def has(row, *keys):
+    return all(key in row for key in keys)
+
+
+def has_reply(row):
+    return any(key in row for key in REPLY_KEYS)
+
+
+def talks(row, *keys):
+    """One of `keys` holds the conversation, and not only the prompt of a chosen and a rejected answer beside it."""
+    turns = next((row[key] for key in keys if key in row), None)
+    if has(row, "chosen", "rejected") and isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+        return turns[-1].get("role", turns[-1].get("from")) not in ("user", "human")
+    return turns is not None
+
+
+def several(row):
+    return has_question(row) and any(isinstance(row.get(key), (list, dict)) for key in LIST_KEYS)
+
+
+def has_question(row):
+    return any(key in row for key in QUESTION_KEYS)
+
+
+def is_label(value):
+    return isinstance(value, bool) or str(value).lower() in ("true", "false")  # a CSV cell holds the word
+
+
+SFT, RANKED = ("sft", "prompts"), ("ranked", "sft", "prompts")
+SHAPES = [
+    Shape("messages", lambda row: talks(row, "messages"), from_messages, SFT),
+    Shape("conversations", lambda row: talks(row, "conversations", "conversation"), from_conversation, SFT),
+    Shape("UltraChat", lambda row: has(row, "id") and isinstance(row.get("data"), list), from_ultrachat, SFT),
+    Shape("chosen/rejected", lambda row: has(row, "chosen", "rejected"), from_pair, RANKED),
+    Shape("ELI5", lambda row: has(row, "title") and isinstance(row.get("answers"), dict) and "score" in row["answers"],
+          from_eli5, RANKED),
+    Shape("prompt/answers", several, from_answers, RANKED),
+    Shape("OASST tree", lambda row: isinstance(row.get("prompt"), dict) and "replies" in row["prompt"],
+          from_tree, RANKED),
+    Shape("OASST messages", is_flat, from_flat, RANKED),
+    Shape("TL;DR comparison", lambda row: has(row, "info", "summaries", "choice"), from_tldr, RANKED),
+    Shape("unpaired prompt/completion/label", lambda row: has(row, "prompt", "label") and is_label(row["label"])
+          and has_reply(row), from_labelled, SFT),
+    Shape("prompt/completion", lambda row: has(row, "prompt") and has_reply(row), from_prompt_reply, SFT),
+    Shape("alpaca", lambda row: has(row, "instruction") and ("output" in row or "response" in row), from_alpaca, SFT),
+    Shape("question/answer", lambda row: has(row, "question") and ("answer" in row or "best_answer" in row),
+          from_qa, SFT),
+    Shape("transcript", lambda row: is_transcript(row.get("text")), from_transcript, SFT),
+    Shape("text", lambda row: has(row, "text"), from_text, ("text",)),
+    Shape("turns", lambda row: has(row, "turns"), from_turns, ("prompts",)),
+    Shape("prompt", has_question, from_question, ("prompts",)),
+]
+HOLDS = {"sft": "SFT conversations", "ranked": "ranked answers", "prompts": "prompts without answers",
+         "text": "plain text"}
+NEEDS = {
+    "sft": "supervised fine-tuning needs conversations that end with the assistant's answer: messages, "
+           "or prompt and completion",
+    "ranked": "training on preferences needs several answers a question: chosen and rejected, "
+              "or prompt and answers with scores",
+    "prompts": "this needs questions to answer: prompt, or messages",
+    "text": "pretraining needs plain text: a text key in every row, or a .txt file",
+}
+FORMS = tuple(NEEDS)
+
+
+class WrongForm(BadRow):
+    """The row is sound, but of another form than the wanted one."""
+
+
+def recognise(raw, want):
+    """A raw row -> (its Shape, its internal row). Raises BadRow."""
+    if isinstance(raw, BadRow):
+        raise raw
+    if not isinstance(raw, dict):
+        raise BadRow("not an object with keys", f"it is {shown(raw)}")
+    row = {key: value for key, value in raw.items() if value is not None}
+    shape = next((shape for shape in SHAPES if want in shape.gives and shape.test(row)), None)
+    other = shape or next((shape for shape in SHAPES if shape.test(row)), None)
+    if other is None:
+        keys = ", ".join(shown(key).strip("'") for key in list(row)[:12])
+        raise BadRow("unknown keys", f"its keys are {keys or 'none'}")
+    if shape is None:
+        raise WrongForm(f"holds {HOLDS[other.gives[0]]} ({other.name})")
+    return shape, shape.convert(row)
+
+
+# ---- from an internal row to the wanted form ----
+
+def in_order(messages, last):
+    """[system], user, assistant, user, ...: joined, checked, ending with `last`. Raises BadRow."""
+    out = []
+    for message in messages:
+        if not message["content"].strip():
+            if message["role"] == "system":
+                continue
+            raise BadRow("empty answer" if message["role"] == "assistant" else "empty message")
+        if out and out[-1]["role"] == message["role"]:
+            if message["role"] == "assistant" and out[-1].get("loss_weight") != message.get("loss_weight"):
+                raise BadRow("assistant's turns to be joined have different loss_weight")
+            message = {**message, "content": out[-1]["content"] + "\n\n" + message["content"]}
+            out.pop()
+        out.append(message)
+    talk = out[1:] if out and out[0]["role"] == "system" else out
+    if not talk or talk[0]["role"] != "user":
+        raise BadRow("does not begin with the user")
+    if any(message["role"] == "system" for message in talk):
+        raise BadRow("a system turn in the middle")
+    if talk[-1]["role"] != last:
+        raise BadRow(f"does not end with the {last}")
+    return out
+
+
+def fold_system(messages):
+    """The system prompt, a blank line, the user's first turn: for models whose format knows no system role."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, first, *rest = messages
+    return [{**first, "content": system["content"] + "\n\n" + first["content"]}, *rest]
+
+
+def chosen_score(answer, name):
+    scores = answer["scores"]
+    if name == "score" and scores.get("score") is None:  # the usual other names
+        name = next((key for key in ("rank", "overall_score") if scores.get(key) is not None), name)
+    if as_number(scores.get(name)) is None:
+        numbers = [key for key in scores if as_number(scores[key]) is not None]
+        raise BadRow(f"no number under {name!r} in an answer",
+                     f"numbers are under {', '.join(numbers[:9]) or 'no key'}")
+    return as_number(scores[name]) * (-1 if name == "rank" else 1)  # rank 0 is the best answer
+
+
+def cast(internal, want, merge_system=False, score="score"):
+    """An internal row -> the wanted form, checked. Raises BadRow."""
+    fold = fold_system if merge_system else list
+    if want == "text":
+        if not internal["text"].strip():
+            raise BadRow("empty text")
+        return {"text": internal["text"]}
+    if "answers" in internal:
+        prompt = fold(in_order(internal["prompt"], "user"))
+        answers = [{"text": answer["text"], "score": chosen_score(answer, score)} for answer in internal["answers"]]
+        if any(not answer["text"].strip() for answer in answers):
+            raise BadRow("empty answer")
+        if len(answers) < (2 if want == "ranked" else 1):
+            raise BadRow("fewer than two answers" if want == "ranked" else "no answer")
+        if want == "ranked":
+            return {"prompt": prompt, "answers": answers}
+        best = max(answers, key=lambda answer: answer["score"])
+        if want == "prompts":
+            return {"prompt": prompt}
+        return {"messages": prompt + [{"role": "assistant", "content": best["text"]}]}
+    if want == "sft":
+        if internal.get("label") is False:
+            raise BadRow("labelled as a bad answer")
+        return {"messages": fold(in_order(internal["messages"], "assistant"))}
+    messages = internal["prompt"] if "prompt" in internal else internal["messages"]
+    if "messages" in internal and messages and messages[-1]["role"] == "assistant":
+        messages = in_order(messages, "assistant")[:-1]
+    row = {"prompt": fold(in_order(messages, "user"))}
+    return row | {"follow_ups": internal["follow_ups"]} if internal.get("follow_ups") else row
+
+
+def finished(internal, raw, want, merge_system, score):
+    """cast, the kept keys of the raw row, and a look at every string that will be tokenized."""
+    row = cast(internal, want, merge_system, score)
+    row |= {key: raw[key] for key in KEPT_KEYS if isinstance(raw.get(key), str)}
+    texts = [value for value in row.values() if isinstance(value, str)] + row.get("follow_ups", [])
+    texts += [message["content"] for message in row.get("messages", row.get("prompt", []))]
+    texts += [answer["text"] for answer in row.get("answers", [])]
+    for text in texts:
+        if "\0" in text:
+            raise BadRow("NUL byte")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes that are no UTF-8 arrive here as surrogates too: see open_text
+            raise BadRow("not UTF-8, or half of a surrogate pair") from None
+    return row

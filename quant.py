@@ -1,0 +1,431 @@
+"""NF4: weights in four bits, on a grid made for normally distributed numbers (QLoRA, Dettmers et al. 2023, section 3).
+
+    quantize     absmax_b = max |w| in block b;   code = argmin_c |CODEBOOK[c] - w / absmax_b|;   two codes to a byte
+    dequantize   w' = CODEBOOK[code] * absmax_b,  so |w - w'| <= 0.1519036 * absmax_b
+    linear       y = x W'^T + bias,  dL/dx = dL/dy W'.  W' is made anew in each of the two and never kept.
+
+    python quant.py                          the codebook, how it is derived, and its error on normal weights
+    python quant.py out/base                 a checkpoint: bits per weight, error per layer, change in held-out loss
+    python quant.py out/base --plot nf4.png  and the codebook drawn over the histogram of its weights
+
+Trained weights are close to normal. Sixteen levels that each take a similar share of a normal distribution waste less
+than sixteen levels at equal distances. On weights from N(0, 1) in blocks of 64 the root mean square error is 0.0920 for
+NF4, 0.0921 with double quantization and 0.1076 for absmax int4, at 4.5, 4.127 and 4.5 bits per weight.
+"""
+import argparse
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from errors import UserError
+
+try:  # comes with the CUDA builds of torch; everything works without it
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+# ---- the codebook ----------------------------------------------------------------------------------------------------
+
+CODEBOOK = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+                         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+                         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+                         0.7229568362236023, 1.0])
+OFFSET = ((1 - 1 / 30) + (1 - 1 / 32)) / 2  # the outermost probability: the quantile of 1 itself would be infinite
+MIDPOINTS = (CODEBOOK[:-1] + CODEBOOK[1:]) / 2  # a weight on a midpoint goes to the lower code
+
+
+def derive_codebook():
+    """Quantiles of the standard normal distribution -> the 16 levels, ascending, as Python floats (QLoRA, appendix E).
+
+    From OFFSET to 1/2 in equal steps of probability: 8 positive and 7 negative levels. The zero is added by hand, so
+    that zero weights (padding, pruning) stay exactly zero. The division makes the outermost levels -1 and 1.
+    """
+    quantile = NormalDist().inv_cdf
+    positive = [quantile(OFFSET + (0.5 - OFFSET) * i / 8) for i in range(8)]
+    negative = [-quantile(OFFSET + (0.5 - OFFSET) * i / 7) for i in range(7)]
+    return [level / positive[0] for level in sorted(negative + [0.0] + positive)]
+
+
+# ---- a quantized tensor ----------------------------------------------------------------------------------------------
+
+@dataclass
+class NF4Tensor:
+    """A tensor of n elements in ceil(n / block) blocks, flat and row-major."""
+
+    packed: torch.Tensor  # (ceil(n / 2),) uint8; the first of two elements in the high four bits
+    absmax: torch.Tensor  # (blocks,) float32, or float8_e4m3fn after double quantization
+    shape: torch.Size
+    block: int
+    scale: torch.Tensor | None = None  # double quantization only: (ceil(blocks / 256),) float32
+    mean: torch.Tensor | None = None  # double quantization only: () float32
+
+    def _tensors(self):
+        return {name: t for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
+
+    @property
+    def nbytes(self):
+        return sum(t.nbytes for t in self._tensors().values())
+
+    @property
+    def bits_per_weight(self):
+        return 8 * self.nbytes / self.shape.numel()
+
+    def to(self, device):
+        return replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
+
+    def block_absmax(self):
+        """-> (blocks,) float32, whether or not the absmax are themselves quantized."""
+        if self.scale is None:
+            return self.absmax
+        per_block = self.scale.repeat_interleave(256)[: len(self.absmax)]
+        # rounding can push a block of tiny weights below zero, which would flip their signs
+        return (self.absmax.float() * per_block + self.mean).clamp_(min=0)
+
+
+def _double_quantize(absmax):
+    """(blocks,) float32 -> (blocks,) float8_e4m3fn, (ceil(blocks / 256),) float32 scales, () mean (QLoRA, section 3).
+
+    absmax are all positive: without the mean, half of the 8-bit numbers would never be used. 448 is the largest number
+    of float8_e4m3fn, so scale = largest / 448 uses its whole range.
+    """
+    mean = absmax.mean()
+    centred = F.pad(absmax - mean, (0, -len(absmax) % 256)).view(-1, 256)  # (ceil(blocks / 256), 256)
+    scale = (centred.abs().amax(dim=1) / 448).clamp_(min=1e-38)  # equal absmax: 0 / tiny, not 0 / 0
+    codes = (centred / scale[:, None]).to(torch.float8_e4m3fn)
+    return codes.flatten()[: len(absmax)].clone(), scale, mean
+
+
+# ---- quantize and dequantize -----------------------------------------------------------------------------------------
+# On a CPU both walk through the weight in pieces that stay in a core's cache: a piece goes through several simple
+# operations, but through memory only once. Pieces this small are not split further by PyTorch; instead each thread has
+# its own pieces, so that no thread waits for another after each operation: on a busy machine that costs a factor of 10.
+PIECE = 2 ** 16  # elements; 256 kB as float32
+
+# The nearest level without a search: 64 cells of equal width over [-1, 1] hold at most one midpoint each (test_quant
+# checks it), so the code is the code at the cell's left end, plus one if the weight is beyond the midpoint in its cell.
+CELLS = 32  # per unit
+LEFT_CODE = torch.bucketize(torch.arange(2 * CELLS + 1) / CELLS - 1, MIDPOINTS).to(torch.uint8)  # (65,)
+CELL_MIDPOINT = torch.full((2 * CELLS + 1,), torch.inf)  # (65,)
+CELL_MIDPOINT[(MIDPOINTS * CELLS + CELLS).long()] = MIDPOINTS
+
+# All 256 bytes as pairs of levels. A pair of float32 moves as one int64: half as many look-ups.
+BYTE_TO_PAIR = torch.stack([CODEBOOK.repeat_interleave(16), CODEBOOK.repeat(16)], dim=1).view(torch.int64).flatten()
+
+
+def _in_pieces(work, n, block, device):
+    """Calls work(start, end) for all pieces of n elements, each a whole number of blocks; on a GPU one piece is all."""
+    step = max(1, PIECE // block) * block if device.type == "cpu" else n
+    starts, threads = range(0, n, step), torch.get_num_threads()
+    if threads == 1 or len(starts) == 1:
+        for start in starts:
+            work(start, min(start + step, n))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda start: work(start, min(start + step, n)), starts))  # list: raises what a thread raised
+
+
+@torch.no_grad()
+def quantize_nf4(weight, block=64, double=False):
+    """Any shape, any floating dtype -> NF4Tensor (QLoRA, equation 1). Codes and absmax equal those of bitsandbytes.
+
+    block: elements that share one absmax, even. double: quantize the absmax too (4.127 in place of 4.5 bits per weight
+    at block 64). Raises ValueError for an impossible block, UserError for weights that are not finite.
+    """
+    if block < 2 or block % 2:
+        raise ValueError(f"block is {block}: it must be an even number of elements, because two share a byte")
+    if weight.numel() == 0 or not weight.is_floating_point():
+        raise ValueError(f"cannot quantize a {weight.dtype} tensor of shape {tuple(weight.shape)}")
+    n, device = weight.numel(), weight.device
+    flat = weight.detach().reshape(-1)
+    if n % block:
+        flat = F.pad(flat, (0, -n % block))  # (blocks * block,); zeros change no absmax
+    absmax = torch.empty(len(flat) // block, device=device)
+    packed = torch.empty(len(flat) // 2, dtype=torch.uint8, device=device)
+    left_code, cell_midpoint = LEFT_CODE.to(device), CELL_MIDPOINT.to(device)
+
+    def work(start, end):
+        w = flat[start:end].float().view(-1, block)
+        largest = absmax[start // block : end // block] = w.abs().amax(dim=1)
+        if not torch.isfinite(largest).all():
+            raise UserError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity, which 4 bits cannot store:"
+                            " use a checkpoint from before training went wrong")
+        # times the reciprocal, not divided: the last bit decides ties. A block below 1e-38 counts as zero
+        x = (w * (1 / largest.clamp(min=1e-38))[:, None]).clamp_(-1, 1).flatten()
+        cell = (x * CELLS + CELLS).to(torch.int32)
+        code = left_code.index_select(0, cell)
+        code += x > cell_midpoint.index_select(0, cell)
+        first, second = code.view(-1, 2).unbind(1)
+        torch.add(second, first, alpha=16, out=packed[start // 2 : end // 2])
+
+    _in_pieces(work, len(flat), block, device)
+    packed = packed[: (n + 1) // 2].clone() if len(flat) != n else packed
+    if double:
+        absmax, scale, mean = _double_quantize(absmax)
+        return NF4Tensor(packed, absmax, weight.shape, block, scale, mean)
+    return NF4Tensor(packed, absmax, weight.shape, block)
+
+
+@torch.no_grad()
+def dequantize_nf4(q, dtype=torch.float32):
+    """NF4Tensor -> tensor of its shape. Multiplied in float32 and rounded to dtype once, at the end."""
+    if q.packed.is_cuda and triton is not None:
+        return _dequantize_triton(q, dtype)
+    absmax, device = q.block_absmax(), q.packed.device
+    packed = F.pad(q.packed, (0, len(absmax) * q.block // 2 - len(q.packed)))  # the last block may be ragged
+    out = torch.empty(2 * len(packed), dtype=dtype, device=device)
+    pairs = BYTE_TO_PAIR.to(device)
+
+    def work(start, end):
+        levels = pairs.index_select(0, packed[start // 2 : end // 2].int()).view(torch.float32)  # (end - start,)
+        scales = absmax[start // q.block : end // q.block, None]
+        torch.mul(levels.view(-1, q.block), scales, out=out[start:end].view(-1, q.block))
+
+    _in_pieces(work, len(out), q.block, device)
+    return out[: q.shape.numel()].view(q.shape)
+
+
+if triton is not None:
+    @triton.jit
+    def _dequantize_kernel(packed, absmax, codebook, out, n, BLOCK: tl.constexpr, TILE: tl.constexpr):
+        tile = tl.program_id(0).to(tl.int64)  # 64 bits: a weight may have more than 2^31 elements
+        byte = tile * TILE + tl.arange(0, TILE)
+        inside = byte < (n + 1) // 2
+        codes = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(absmax + byte // (BLOCK // 2), mask=inside, other=0.0)
+        first = tl.load(codebook + (codes >> 4)) * scale
+        second = tl.load(codebook + (codes & 15)) * scale
+        # interleaved in registers, so that neighbouring threads write neighbouring addresses
+        element = tile * (2 * TILE) + tl.arange(0, 2 * TILE)
+        tl.store(out + element, tl.interleave(first, second).to(out.dtype.element_ty), mask=element < n)
+
+
+def _dequantize_triton(q, dtype):
+    """dequantize_nf4 in one kernel: reads half a byte and writes one number per element. The same numbers, bit for bit,
+    as the PyTorch code above. Checked in Triton's interpreter only: its speed on a GPU has not been measured."""
+    out, tile = torch.empty(q.shape, dtype=dtype, device=q.packed.device), 1024
+    _dequantize_kernel[(triton.cdiv(len(q.packed), tile),)](
+        q.packed, q.block_absmax(), CODEBOOK.to(q.packed.device), out, out.numel(), BLOCK=q.block, TILE=tile)
+    return out
+
+
+# ---- the frozen linear layer -----------------------------------------------------------------------------------------
+
+def _dequantized_rows(q, dtype):
+    """Yields (start, end, rows start to end of the weight W' (out, in)), about 4 MB at a time on the CPU.
+
+    The whole W' would be tens of MB for a moment, once per layer. Large passing tensors leave holes among the small
+    lasting ones (activations) that the allocator cannot use again, so a process grows by about one W' per layer.
+    """
+    rows, columns = q.shape
+    unit = q.block // math.gcd(q.block, columns)  # after so many rows a row begins with a block
+    step = max(1, 2 ** 20 // (columns * unit)) * unit if q.packed.device.type == "cpu" else rows
+    absmax = q.block_absmax()
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        first, last = start * columns, end * columns
+        part = NF4Tensor(q.packed[first // 2 : (last + 1) // 2], absmax[first // q.block : -(-last // q.block)],
+                         torch.Size([end - start, columns]), q.block)
+        yield start, end, dequantize_nf4(part, dtype)
+
+
+class _NF4Matmul(torch.autograd.Function):
+    """y = x W'^T + bias for x (N, in). Autograd would keep W' for the backward pass, which would undo the saving: here
+    only the packed weight is kept, and W' is computed a second time."""
+
+    @staticmethod
+    def forward(ctx, x, bias, q):
+        ctx.q = q
+        y = x.new_empty(x.size(0), q.shape[0])  # (N, out)
+        for start, end, rows in _dequantized_rows(q, x.dtype):
+            torch.mm(x, rows.t(), out=y[:, start:end])
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # (N, out)
+        need_x, need_bias, _ = ctx.needs_input_grad
+        grad_x = grad.new_zeros(grad.size(0), ctx.q.shape[1]) if need_x else None  # (N, in)
+        for start, end, rows in _dequantized_rows(ctx.q, grad.dtype) if need_x else ():
+            grad_x = grad_x.addmm_(grad[:, start:end], rows)
+        return grad_x, grad.sum(dim=0) if need_bias else None, None
+
+
+class NF4Linear(nn.Module):
+    """A frozen nn.Linear whose weight (out, in) is stored in NF4; the bias stays as it is, frozen too.
+
+    x (..., in) -> (..., out) of x's dtype. Under autocast the product is computed in autocast's dtype.
+    """
+
+    def __init__(self, linear, block=64, double=True):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.block = block
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        q = quantize_nf4(linear.weight, block, double)
+        for name in ("packed", "absmax", "scale", "mean"):
+            self.register_buffer(name, getattr(q, name))
+
+    @classmethod
+    def from_weight(cls, weight, bias=None, block=64, double=True):
+        """weight (out, in), bias (out,) or None, as read from a file."""
+        linear = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")  # no memory, no random numbers
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return cls(linear, block, double)
+
+    @property
+    def quantized(self):
+        shape = torch.Size([self.out_features, self.in_features])
+        return NF4Tensor(self.packed, self.absmax, shape, self.block, self.scale, self.mean)
+
+    def forward(self, x):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        flat = x.to(dtype).reshape(-1, self.in_features)  # (N, in)
+        y = _NF4Matmul.apply(flat, bias, self.quantized)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)  # (..., out)
+
+    def _apply(self, fn, recurse=True):
+        """.to(device) moves the weight; .bfloat16() and the like must not round its scales."""
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+    def extra_repr(self):
+        return (f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, block={self.block}, "
+                f"bits={self.quantized.bits_per_weight:.3f}")
+
+
+def quantize_model(model, block=64, double=True):
+    """Replaces each nn.Linear in model.h, the blocks, by an NF4Linear, in place -> model.
+
+    Embeddings, norms and the head stay floats: they are small, or rows of them are still trained. Each float weight is
+    freed before the next is quantized. Where even one whole float model is too large, quantize while its file is read:
+    GPT.from_pretrained(folder, linear=NF4Linear). Raises UserError where there is nothing to quantize.
+    """
+    # names, because a list of the layers would keep all of them alive
+    names = [name for name, module in model.h.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise UserError("there is no linear layer to quantize in the blocks of this model: is it quantized already?")
+    for name in names:
+        path, _, child = name.rpartition(".")
+        parent = model.h.get_submodule(path)
+        setattr(parent, child, NF4Linear(getattr(parent, child), block, double))
+    return model
+
+
+# ---- python quant.py -------------------------------------------------------------------------------------------------
+
+def int4(weight, block=64):
+    """What NF4 is compared with: weight rounded to 15 equally spaced levels, -absmax to absmax -> the same shape."""
+    flat = F.pad(weight.reshape(-1), (0, -weight.numel() % block)).view(-1, block)  # (blocks, block)
+    step = flat.abs().amax(dim=1, keepdim=True).clamp(min=1e-38) / 7
+    return ((flat / step).round() * step).flatten()[: weight.numel()].view(weight.shape)
+
+
+def errors_of(weight, block=64):
+    """-> root mean square errors as shares of the weight's: NF4, NF4 with double quantization, absmax int4."""
+    weight = weight.detach().float()
+    versions = [dequantize_nf4(quantize_nf4(weight, block, double)) for double in (False, True)] + [int4(weight, block)]
+    return [((version - weight).norm() / weight.norm()).item() for version in versions]
+
+
+@torch.no_grad()
+def validation_loss(model, ids):
+    """ids (N,) -> mean -log p(next token) in nats, over windows as long as the model's context."""
+    total, length = 0.0, model.config.block_size
+    for start in range(0, len(ids) - 1, length):
+        window = ids[start : start + length + 1].to(model.device)  # one more: the last target
+        total += F.cross_entropy(model(window[None, :-1])[0].float(), window[1:], reduction="sum").item()
+    return total / (len(ids) - 1)
+
+
+def print_codebook(block):
+    derived = derive_codebook()
+    print(f"offset = ((1 - 1/30) + (1 - 1/32)) / 2 = {OFFSET:.6f}: the outermost probability\n"
+          "levels = normal quantiles of 8 probabilities above 1/2 and 7 below it, and 0, over the largest quantile\n\n"
+          "code  bits   probability      derived         CODEBOOK")
+    for code, (level, constant) in enumerate(zip(derived, CODEBOOK.tolist())):
+        probability = NormalDist().cdf(level * NormalDist().inv_cdf(OFFSET))
+        print(f"{code:4}  {code:04b}  {probability:11.6f}  {level:11.8f}  {constant:15.8f}")
+    print(f"\nlargest difference {max(abs(a - b) for a, b in zip(derived, CODEBOOK.tolist())):.1e}")
+    weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
+    single, double, uniform = errors_of(weight, block)
+    print(f"\nroot mean square error on N(0, 1):  NF4 {single:.4f}   double {double:.4f}   int4 {uniform:.4f}")
+    single, double = [quantize_nf4(weight, block, double).bits_per_weight for double in (False, True)]
+    print(f"bits per weight:                    NF4 {single:.3f}    double {double:.3f}    int4 {single:.3f}")
+
+
+def print_checkpoint(folder, block):
+    from data.island import Island
+    from data.tokenizer import get_tokenizer
+    from model import GPT
+
+    model = GPT.from_pretrained(folder).eval()
+    linears = {name: m for name, m in model.h.named_modules() if isinstance(m, nn.Linear)}
+    print("relative error                  shape      NF4   double     int4")
+    for name, linear in linears.items():
+        single, double, uniform = errors_of(linear.weight, block)
+        print(f"h.{name:18} {str(tuple(linear.weight.shape)):>16}  {single:7.4f}  {double:7.4f}  {uniform:7.4f}")
+    del linears, linear  # else no weight could be freed below
+    ids = torch.tensor(get_tokenizer(folder).encode("\n".join(Island(0).plain_text(200, seed=9))))
+    before = validation_loss(model, ids)
+    quantized = [m.quantized for m in quantize_model(model, block).modules() if isinstance(m, NF4Linear)]
+    after = validation_loss(model, ids)
+    bits = 8 * sum(q.nbytes for q in quantized) / sum(q.shape.numel() for q in quantized)
+    print(f"\nbits per quantized weight {bits:.3f} with double quantization\n"
+          f"held-out loss {before:.4f} -> {after:.4f} ({after - before:+.4f}) on {len(ids) - 1} tokens of the island")
+
+
+def plot(folder, block, file):
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")  # draws without a screen
+    from matplotlib import pyplot
+
+    from model import GPT
+
+    linears = [m for m in GPT.from_pretrained(folder).h.modules() if isinstance(m, nn.Linear)]
+    whole = [m.weight.detach().flatten()[: m.weight.numel() // block * block] for m in linears]
+    flat = torch.cat(whole).view(-1, block)  # (blocks, block)
+    scaled = flat / flat.abs().amax(dim=1, keepdim=True).clamp(min=1e-38)  # (blocks, block)
+    figure, axes = pyplot.subplots(figsize=(9, 4))
+    axes.hist(scaled.flatten().numpy(), bins=200, density=True, color="lightsteelblue", label="weights / absmax")
+    for level in CODEBOOK.tolist():
+        axes.axvline(level, color="firebrick", linewidth=1, label="NF4 levels" if level == -1.0 else None)
+    axes.set(xlabel="weight / absmax of its block", ylabel="density", title=f"{folder}: NF4, block {block}")
+    axes.legend()
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    print(f"drew {file}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", help="a checkpoint folder; without it: the codebook")
+    parser.add_argument("--block", type=int, default=64, help="elements that share one absmax (default 64)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the codebook over the checkpoint's weights")
+    args = parser.parse_args()
+    if args.block < 2 or args.block % 2:
+        raise UserError(f"--block {args.block}: it must be an even number, because two weights share a byte")
+    if args.plot and not args.folder:
+        raise UserError("--plot draws the weights of a checkpoint: name its folder, as in "
+                        "python quant.py out/base --plot nf4.png")
+    if not args.folder:
+        return print_codebook(args.block)
+    print_checkpoint(args.folder, args.block)
+    if args.plot:
+        plot(args.folder, args.block, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,373 @@
+import copy
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import quant
+from errors import UserError
+from quant import CODEBOOK, MIDPOINTS, NF4Linear, dequantize_nf4, quantize_model, quantize_nf4
+
+SHAPES = [(1,), (2,), (63,), (64,), (65,), (3, 5), (1, 64), (7, 129), (2, 3, 4, 5), (64, 100),
+          (2 ** 18 + 70,)]  # several pieces, the last one ragged
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def codes_of(q):
+    return torch.stack([q.packed >> 4, q.packed & 15], dim=1).flatten()[: q.shape.numel()]
+
+
+def by_definition(weight, block):
+    """Codes and absmax from the definition: the smallest of all 16 distances, the first of equal ones."""
+    n = weight.numel()
+    blocks = F.pad(weight.flatten(), (0, -n % block)).view(-1, block)
+    absmax = blocks.abs().amax(dim=1)
+    distance = (blocks * (1 / absmax)[:, None]).double()[:, :, None] - CODEBOOK.double()  # (blocks, block, 16)
+    return distance.abs().argmin(dim=2).flatten()[:n], absmax
+
+
+def test_codebook_is_what_the_derivation_gives():
+    derived = torch.tensor(quant.derive_codebook())
+    assert len(CODEBOOK) == 16 and CODEBOOK.dtype == torch.float32
+    assert (derived - CODEBOOK).abs().max() < 3e-7
+    assert CODEBOOK[0] == -1 and CODEBOOK[7] == 0 and CODEBOOK[15] == 1
+    assert (CODEBOOK.diff().max() / 2).item() == pytest.approx(0.1519036, abs=1e-7)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", [64, 128, 6])
+def test_codes_are_the_nearest_levels_for_every_shape(shape, block):
+    weight = normal(*shape)
+    q = quantize_nf4(weight, block)
+    codes, absmax = by_definition(weight, block)
+    assert q.shape == weight.shape and q.packed.numel() == -(-weight.numel() // 2)
+    assert torch.equal(q.absmax, absmax)
+    assert torch.equal(codes_of(q).long(), codes)
+    expected = CODEBOOK[codes] * absmax.repeat_interleave(block)[: weight.numel()]
+    assert torch.equal(dequantize_nf4(q), expected.view(shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_bound_and_idempotence(shape):
+    weight = normal(*shape)
+    q = quantize_nf4(weight)
+    once = dequantize_nf4(q)
+    bound = 0.1519036 * q.absmax.repeat_interleave(64)[: weight.numel()].view(shape)
+    assert ((once - weight).abs() <= bound * (1 + 1e-6)).all()
+    again = quantize_nf4(once)
+    assert torch.equal(again.packed, q.packed) and torch.equal(again.absmax, q.absmax)
+
+
+def test_ties_go_to_the_lower_code_and_neighbours_to_their_side():
+    above, below = torch.nextafter(MIDPOINTS, torch.tensor(2.0)), torch.nextafter(MIDPOINTS, torch.tensor(-2.0))
+    weight = torch.cat([below, MIDPOINTS, above, torch.ones(1)])  # the one makes absmax 1, so nothing is rescaled
+    expected = torch.cat([torch.arange(15), torch.arange(15), torch.arange(1, 16), torch.tensor([15])])
+    assert torch.equal(codes_of(quantize_nf4(weight)).long(), expected)
+
+
+def test_cells_hold_at_most_one_midpoint():
+    cells = (MIDPOINTS * quant.CELLS + quant.CELLS)
+    assert len(set(cells.long().tolist())) == 15
+    # rounding in x * CELLS + CELLS must not be able to carry a weight at a midpoint into the next cell
+    assert (cells - cells.round()).abs().min() > 1e-4
+
+
+def test_first_element_is_in_the_high_nibble():
+    assert quantize_nf4(torch.tensor([1.0, -1.0])).packed.tolist() == [0xF0]
+    assert quantize_nf4(torch.tensor([1.0])).packed.tolist() == [0xF7]  # the missing second one counts as zero
+
+
+def test_zero_and_tiny_blocks():
+    weight = torch.cat([torch.zeros(64), normal(64), torch.full((64,), 1e-41), torch.zeros(3)])
+    for double in (False, True):
+        q = quantize_nf4(weight, double=double)
+        back = dequantize_nf4(q)
+        assert (codes_of(q)[:64] == 7).all() and (codes_of(q)[128:] == 7).all()
+        assert torch.isfinite(back).all() and (back[:64] == 0).all() and (back[128:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    weight = normal(65, 64).to(dtype)
+    q, wide = quantize_nf4(weight), quantize_nf4(weight.float())
+    assert torch.equal(q.packed, wide.packed) and q.absmax.dtype == torch.float32 and torch.equal(q.absmax, wide.absmax)
+    back = dequantize_nf4(q, dtype)
+    assert back.dtype == dtype and torch.equal(back, dequantize_nf4(q).to(dtype))  # rounded once, from float32
+
+
+def test_a_transposed_weight_is_read_row_by_row():
+    weight = normal(96, 160)
+    assert torch.equal(quantize_nf4(weight.t()).packed, quantize_nf4(weight.t().contiguous()).packed)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(bad):
+    weight = normal(100, 64)
+    weight[70, 3] = bad
+    with pytest.raises(UserError, match="NaN or infinity"):
+        quantize_nf4(weight)
+
+
+@pytest.mark.parametrize("weight, block", [(torch.ones(64), 0), (torch.ones(64), 63), (torch.ones(0), 64),
+                                           (torch.ones(64, dtype=torch.int32), 64)])
+def test_impossible_arguments(weight, block):
+    with pytest.raises(ValueError):
+        quantize_nf4(weight, block)
+
+
+def test_double_quantization_is_absmax_minus_mean_in_float8():
+    weight = normal(1000, 640)  # 10,000 blocks: the last 256 of absmax are ragged
+    q, single = quantize_nf4(weight, double=True), quantize_nf4(weight)
+    assert q.absmax.dtype == torch.float8_e4m3fn and q.scale.shape == (40,) and q.mean.shape == ()
+    assert torch.equal(q.packed, single.packed)
+    for part, scale, codes in zip((single.absmax - single.absmax.mean()).split(256), q.scale, q.absmax.split(256)):
+        assert scale == part.abs().max() / 448
+        assert codes.float().abs().max() == 448
+        # 3 bits of mantissa: at most 1/16 of the number, or half a step of the subnormal numbers
+        assert ((codes.float() * scale - part).abs() <= torch.maximum(part.abs() / 16, scale * 2 ** -10) * 1.0001).all()
+
+
+def test_bits_per_weight_and_what_double_quantization_costs():
+    weight = normal(2048, 2048)
+    single, double = quantize_nf4(weight), quantize_nf4(weight, double=True)
+    assert single.bits_per_weight == 4.5
+    assert 4.126 < double.bits_per_weight < 4.1275
+    error, error_double, error_int4 = quant.errors_of(weight)
+    assert error == pytest.approx(0.0920, abs=3e-4) and error_int4 == pytest.approx(0.1076, abs=3e-4)
+    assert error < error_double < error * 1.005
+
+
+def test_equal_absmax_survive_double_quantization():
+    weight = normal(64).repeat(300)
+    single, double = quantize_nf4(weight), quantize_nf4(weight, double=True)
+    torch.testing.assert_close(dequantize_nf4(double), dequantize_nf4(single), rtol=1e-6, atol=0)
+
+
+# ---- the linear layer ------------------------------------------------------------------------------------------------
+
+def pair(inputs, outputs, bias=True, block=64, double=True):
+    """-> NF4Linear, and the nn.Linear that holds its dequantized weight."""
+    torch.manual_seed(1)
+    dense = nn.Linear(inputs, outputs, bias=bias)
+    layer = NF4Linear(dense, block, double)
+    dense.weight.data = dequantize_nf4(layer.quantized)
+    return layer, dense
+
+
+# 5 x 7 and 96 x 50: rows that do not begin with a block; 1000 x 2500: several pieces of rows
+@pytest.mark.parametrize("inputs, outputs", [(64, 32), (5, 7), (96, 50), (1000, 2500)])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_equals_the_dense_layer_with_dequantized_weights(inputs, outputs, bias, double):
+    layer, dense = pair(inputs, outputs, bias, double=double)
+    x = normal(2, 3, inputs).requires_grad_()
+    twin = x.detach().clone().requires_grad_()
+    y, expected = layer(x), dense(twin)
+    assert y.shape == (2, 3, outputs)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    direction = normal(2, 3, outputs, seed=2)
+    (y * direction).sum().backward()
+    (expected * direction).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_by_finite_differences():
+    layer, _ = pair(10, 6)
+    layer.bias = nn.Parameter(normal(6).double())  # the bias may be trained
+    x = normal(3, 10).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, bias: quant._NF4Matmul.apply(x, bias, layer.quantized), (x, layer.bias))
+    assert torch.autograd.gradgradcheck(lambda x: layer(x).square(), (x,))
+
+
+def test_an_input_without_gradient_and_one_vector():
+    layer, dense = pair(64, 32)
+    assert not layer(normal(64)).requires_grad
+    torch.testing.assert_close(layer(normal(64)), dense(normal(64)))
+    assert layer(torch.empty(0, 64)).shape == (0, 32)
+
+
+def test_base_is_frozen_and_bitwise_unchanged_by_training():
+    layer, _ = pair(64, 64)
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    head = nn.Linear(64, 1)
+    model = nn.Sequential(nn.Linear(64, 64), layer, head)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 4  # both nn.Linear, nothing of the layer
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    first = model[0].weight.detach().clone()
+    for _ in range(3):
+        model(normal(8, 64)).square().mean().backward()
+        optimizer.step()
+    assert not torch.equal(model[0].weight, first)  # the gradient went through the layer
+    assert all(torch.equal(t.float(), before[name].float()) for name, t in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_has_the_dtype_of_the_input(dtype, autocast):
+    layer, dense = pair(64, 32)
+    x = normal(4, 64).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    y.float().sum().backward()
+    assert y.dtype == dtype and x.grad.dtype == dtype
+    # computed in autocast's dtype: the same rounding as a bfloat16 layer, or none
+    low = autocast or dtype == torch.bfloat16
+    expected = F.linear(x.bfloat16(), dense.weight.bfloat16(), dense.bias.bfloat16()).to(dtype) if low else dense(x)
+    torch.testing.assert_close(y, expected, rtol=2e-2 if low else 1e-5, atol=2e-2 if low else 1e-6)
+    if autocast and dtype == torch.float32:
+        assert torch.equal(y, y.bfloat16().float())
+
+
+def test_no_float_weight_is_alive_after_forward_or_backward(monkeypatch):
+    layer, _ = pair(1000, 2500)
+    made = []
+
+    def watched(q, dtype):
+        weight = dequantize_nf4(q, dtype)
+        made.append(weakref.ref(weight.untyped_storage()))
+        return weight
+
+    monkeypatch.setattr(quant, "dequantize_nf4", watched)
+    y = layer(normal(4, 1000).requires_grad_())
+    forward = len(made)
+    assert forward > 1 and all(weight() is None for weight in made)
+    y.sum().backward()
+    assert len(made) == 2 * forward and all(weight() is None for weight in made)
+
+
+MEMORY = """
+import torch, quant
+def status(key):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(key))
+weight = torch.randn(2048, 2048)
+layers = [quant.NF4Linear.from_weight(weight) for _ in range(16)]
+x = y = torch.randn(16, 2048, requires_grad=True)
+torch.nn.functional.linear(x, weight[:64]).sum().backward()  # the libraries' own buffers
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the construction
+before = status("VmRSS")
+for layer in layers:
+    y = layer(y)
+y.sum().backward()
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak is read from Linux's /proc")
+def test_peak_memory_of_a_deep_stack():
+    """16 layers of 16 MB as floats: a dense stack, or one that kept its dequantized weights, would need 256 MB."""
+    root = Path(quant.__file__).parent
+    out = subprocess.run([sys.executable, "-c", MEMORY], cwd=root, capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 128
+
+
+def test_state_dict_to_and_deepcopy():
+    layer, _ = pair(64, 32)
+    other = NF4Linear(nn.Linear(64, 32))
+    assert not torch.equal(other.packed, layer.packed)
+    other.load_state_dict(layer.state_dict())
+    x = normal(4, 64)
+    assert torch.equal(other(x), layer(x))
+    half = copy.deepcopy(layer).bfloat16()  # the scales must not be rounded
+    assert half.absmax.dtype == torch.float8_e4m3fn and half.scale.dtype == half.mean.dtype == torch.float32
+    assert half.bias.dtype == torch.bfloat16
+    assert torch.equal(dequantize_nf4(half.quantized), dequantize_nf4(layer.quantized))
+    assert layer.to("meta").packed.device.type == "meta"
+
+
+def test_from_weight():
+    weight, bias = normal(32, 64), normal(32, seed=3)
+    layer = NF4Linear.from_weight(weight, bias, double=False)
+    expected = F.linear(normal(4, 64), dequantize_nf4(quantize_nf4(weight)), bias)
+    torch.testing.assert_close(layer(normal(4, 64)), expected)
+    assert layer.scale is None and NF4Linear.from_weight(weight).bias is None
+    assert "64, 32" in repr(layer) and "bits=4.5" in repr(layer)
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(10, 64)
+        self.h = nn.ModuleList(nn.ModuleDict(dict(ln=nn.LayerNorm(64), fc=nn.Linear(64, 128), proj=nn.Linear(128, 64)))
+                               for _ in range(2))
+        self.lm_head = nn.Linear(64, 10)
+
+
+def test_quantize_model_replaces_the_linear_layers_of_the_blocks_only():
+    model = Tiny()
+    weights = [weakref.ref(m.weight) for m in model.h.modules() if isinstance(m, nn.Linear)]
+    assert quantize_model(model) is model
+    kinds = [type(m).__name__ for block in model.h for m in block.values()]
+    assert kinds == ["LayerNorm", "NF4Linear", "NF4Linear"] * 2
+    assert type(model.lm_head) is nn.Linear and type(model.wte) is nn.Embedding
+    assert len(weights) == 4 and all(weight() is None for weight in weights)  # the floats are gone
+    with pytest.raises(UserError, match="no linear layer"):
+        quantize_model(model)
+
+
+def test_quantize_model_frees_each_weight_before_the_next(monkeypatch):
+    model, alive = Tiny(), []
+    weights = [weakref.ref(m.weight) for m in model.h.modules() if isinstance(m, nn.Linear)]
+
+    def counting(*arguments):
+        alive.append(sum(weight() is not None for weight in weights))
+        return quantize_nf4(*arguments)
+
+    monkeypatch.setattr(quant, "quantize_nf4", counting)
+    quantize_model(model)
+    assert alive == [4, 3, 2, 1]
+
+
+def test_validation_loss_is_the_mean_over_all_next_tokens():
+    """A model whose logits depend on the position in the window alone: each target's loss is known."""
+    V, length = 7, 5
+    table = normal(length, V)
+
+    class Fake:
+        config, device = SimpleNamespace(block_size=length), "cpu"
+
+        def __call__(self, ids):
+            return table[: ids.size(1)].expand(len(ids), -1, -1)
+
+    ids = torch.randint(V, (13,), generator=torch.Generator().manual_seed(0))
+    expected = sum(-table[i % length].log_softmax(0)[ids[i + 1]] for i in range(12)) / 12
+    assert quant.validation_loss(Fake(), ids) == pytest.approx(expected.item(), rel=1e-6)
+
+
+# ---- on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1) -------------------------------------------------------
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(quant.triton is None or not (torch.cuda.is_available() or INTERPRETED), reason="no GPU")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [64, 6])
+def test_triton_kernel_equals_the_reference(shape, dtype, block):
+    for double in (False, True):
+        q = quantize_nf4(normal(*shape), block, double)
+        there = q.to("cpu" if INTERPRETED else "cuda")
+        out = quant._dequantize_triton(there, dtype).cpu()
+        # the interpreter cuts bfloat16 off where a GPU rounds
+        cut = INTERPRETED and dtype == torch.bfloat16
+        torch.testing.assert_close(out, dequantize_nf4(q, dtype), rtol=2 ** -7 if cut else 0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_quantizing_on_the_gpu_gives_the_same_bytes():
+    weight = normal(640, 1000)
+    here, there = quantize_nf4(weight), quantize_nf4(weight.cuda())
+    assert torch.equal(here.packed, there.packed.cpu()) and torch.equal(here.absmax, there.absmax.cpu())
+    layer, dense = pair(640, 100)
+    x = weight.view(-1, 640)
+    torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), dense(x), rtol=1e-4, atol=1e-4)
