@@ -40,6 +40,10 @@ class TrainConfig:
     weight_decay: float = 0.1  # AdamW: on matrices only
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     dropout: str = "0"  # of the residual branches; two numbers such as 0.0,0.3 make a ramp over the layers
+    lora_r: int = 0  # rank of low-rank adapters: only they are trained, and saved; 0: all weights
+    lora_alpha: float = 32.0  # adapters are scaled by alpha / r
+    lora_targets: str = "all"  # adapters on all linear layers of the blocks, or attention only
+    nf4: bool = False  # frozen base weights in 4 bits (QLoRA); needs --lora-r
     checkpointing: bool = False  # recompute activations in the backward pass to save memory
     eval_every: int = 50  # steps between measurements on held-out rows
     save_every: int = 100  # steps between checkpoints that --resume can go on from
@@ -50,9 +54,10 @@ class TrainConfig:
 
 
 AT_LEAST = {"steps": 0, "epochs": 0, "batch_size": 1, "micro_tokens": 1, "warmup": 0, "eval_every": 0, "save_every": 0,
-            "weight_decay": 0, "clip": 0, "min_lr": 0, "lr": 0, "beta1": 0, "beta2": 0, "mix": 0}
+            "weight_decay": 0, "clip": 0, "min_lr": 0, "lr": 0, "beta1": 0, "beta2": 0, "mix": 0,
+            "lora_r": 0}
 ONE_OF = {"schedule": ("cosine", "linear", "constant"), "dtype": ("auto", "float32", "bfloat16"),
-          "template": ("", "chat", "human", "alpaca")}
+          "template": ("", "chat", "human", "alpaca"), "lora_targets": ("all", "attention")}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,6 +107,8 @@ def check(config):
         if name in ("beta1", "beta2", "min_lr") and value > 1 or name in ("beta1", "beta2") and value == 1:
             raise UserError(f"{flag} {value}: it must be below 1")
     dropout_of(config)
+    if config.nf4 and not config.lora_r:
+        raise UserError("--nf4 freezes the weights, so something else has to learn: give --lora-r 16 too")
     return config
 
 

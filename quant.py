@@ -103,8 +103,8 @@ def _double_quantize(absmax):
 
 # ---- quantize and dequantize -----------------------------------------------------------------------------------------
 # On a CPU both walk through the weight in pieces that stay in a core's cache: a piece goes through several simple
-# operations, but through memory only once. Pieces this small are not split further by PyTorch; instead each thread has
-# its own pieces, so that no thread waits for another after each operation: on a busy machine that costs a factor of 10.
+# operations, but through memory only once. Each thread takes whole pieces: with both threads on one piece they would
+# wait for each other after each operation, which costs a factor of 10 where other programs want the cores too.
 PIECE = 2 ** 16  # elements; 256 kB as float32
 
 # The nearest level without a search: 64 cells of equal width over [-1, 1] hold at most one midpoint each (test_quant

@@ -11,7 +11,6 @@ from the user prompt".) It is pretraining with a mask: the user's words are read
 """
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -176,10 +175,8 @@ class Config(TrainConfig):
 
 def load_init(config, run):
     """-> model and tokenizer of --init. Where that is the island's base and it is missing, it is pretrained first."""
-    if config.init == Config.init and not trainer.is_finished(config.init):
-        run.print(f"{config.init} is not there yet, so the base model is pretrained first (python model.py)")
-        base.main(base.Config(out=config.init, seed=config.seed, device=config.device, dtype=config.dtype,
-                              resume=(Path(config.init) / trainer.STATE).is_file()))
+    if config.init == Config.init:
+        trainer.ensure(config.init, base, config, run)
     model = GPT.from_pretrained(config.init, dropout_of(config), checkpointing=config.checkpointing)
     tok = get_tokenizer(config.tokenizer or config.init, config.template or None)
     model.resize_vocab(tok.vocab_size)

@@ -251,6 +251,17 @@ def is_finished(folder):
     return (Path(folder) / "config.json").is_file() and not (Path(folder) / STATE).is_file()
 
 
+def ensure(folder, stage, config, run, **settings):
+    """Runs an earlier stage (a module with Config and main) whose checkpoint is missing, or goes on with an unfinished
+    one, and says so. settings: fields of the stage's Config."""
+    if not is_finished(folder):
+        flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in settings.items())
+        run.print(f"{folder} is not there yet, so this runs first: python {Path(stage.__file__).name}{flags} --out {folder}")
+        stage.main(stage.Config(out=folder, seed=config.seed, device=config.device, dtype=config.dtype,
+                                resume=(Path(folder) / STATE).is_file(), **settings))
+        run.print()
+
+
 def finish(config, run, log, save):
     """After the loop: saves, and stops the script with one line where Ctrl-C ended the loop early. A complete run does
     not need its state (three times the weights) any more."""

@@ -75,6 +75,18 @@ def test_ties_go_to_the_lower_code_and_neighbours_to_their_side():
     assert torch.equal(codes_of(quantize_nf4(weight)).long(), expected)
 
 
+def test_scaled_by_the_reciprocal_not_by_a_quotient():
+    """The last bit decides on which side of a midpoint a weight falls: look for blocks where the two ways differ."""
+    largest = torch.linspace(0.5, 0.99, 20000)
+    second = largest * MIDPOINTS[-1]
+    product, quotient = second * (1 / largest), second / largest
+    differ = (product > MIDPOINTS[-1]) != (quotient > MIDPOINTS[-1])
+    assert differ.any()
+    weight = torch.stack([largest, second], dim=1)[differ]
+    expected = 14 + (product[differ] > MIDPOINTS[-1]).long()
+    assert torch.equal(codes_of(quantize_nf4(weight, block=2))[1::2].long(), expected)
+
+
 def test_cells_hold_at_most_one_midpoint():
     cells = (MIDPOINTS * quant.CELLS + quant.CELLS)
     assert len(set(cells.long().tolist())) == 15
@@ -153,6 +165,15 @@ def test_equal_absmax_survive_double_quantization():
     torch.testing.assert_close(dequantize_nf4(double), dequantize_nf4(single), rtol=1e-6, atol=0)
 
 
+def test_double_quantization_never_flips_a_sign():
+    """The smallest absmax lie far below the mean, where float8 is coarse: some come back below zero."""
+    weight = torch.cat([normal(100, 64), 12 * normal(1, 64), normal(100, 64) * torch.logspace(-6, -1, 100)[:, None]])
+    q = quantize_nf4(weight, double=True)
+    q_scale = q.scale.repeat_interleave(256)[: len(q.absmax)]
+    assert (q.absmax.float() * q_scale + q.mean < 0).any()  # the case exists
+    assert (dequantize_nf4(q) * dequantize_nf4(quantize_nf4(weight)) >= 0).all()
+
+
 # ---- the linear layer ------------------------------------------------------------------------------------------------
 
 def pair(inputs, outputs, bias=True, block=64, double=True):
@@ -164,8 +185,8 @@ def pair(inputs, outputs, bias=True, block=64, double=True):
     return layer, dense
 
 
-# 5 x 7 and 96 x 50: rows that do not begin with a block; 1000 x 2500: several pieces of rows
-@pytest.mark.parametrize("inputs, outputs", [(64, 32), (5, 7), (96, 50), (1000, 2500)])
+# 5 x 7 and 96 x 50: rows that do not begin with a block; 1001 x 2500: several pieces of rows
+@pytest.mark.parametrize("inputs, outputs", [(64, 32), (5, 7), (96, 50), (1001, 2500)])
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_layer_equals_the_dense_layer_with_dequantized_weights(inputs, outputs, bias, double):
