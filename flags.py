@@ -42,6 +42,7 @@ class TrainConfig:
     dropout: str = "0"  # of the residual branches; two numbers such as 0.0,0.3 make a ramp over the layers
     lora_r: int = 0  # rank of low-rank adapters: only they are trained, and saved; 0: all weights
     lora_alpha: float = 32.0  # adapters are scaled by alpha / r
+    lora_dropout: float = 0.0  # of the adapters' input
     lora_targets: str = "all"  # adapters on all linear layers of the blocks, or attention only
     nf4: bool = False  # frozen base weights in 4 bits (QLoRA); needs --lora-r
     checkpointing: bool = False  # recompute activations in the backward pass to save memory
@@ -106,7 +107,11 @@ def check(config):
             raise UserError(f"{flag} {value}: it must be one of {', '.join(filter(None, ONE_OF[name]))}")
         if name in ("beta1", "beta2", "min_lr") and value > 1 or name in ("beta1", "beta2") and value == 1:
             raise UserError(f"{flag} {value}: it must be below 1")
+    if not isinstance(config, TrainConfig):
+        return config
     dropout_of(config)
+    if not 0 <= config.lora_dropout < 1:
+        raise UserError(f"--lora-dropout {config.lora_dropout}: it must be from 0 to below 1")
     if config.nf4 and not config.lora_r:
         raise UserError("--nf4 freezes the weights, so something else has to learn: give --lora-r 16 too")
     return config

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 import hub
+import lora
 import trainer
 from data import files
 from data.island import Island
@@ -158,12 +159,17 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0, attention_dropout=0.0, checkpointing=False, linear=None):
-        """A folder of the GPT-2 family (config.json, model.safetensors), or gpt2, gpt2-medium, gpt2-large, gpt2-xl.
+        """A folder of the GPT-2 family (config.json, model.safetensors) or of an adapter, or gpt2, gpt2-medium, gpt2-large,
+        gpt2-xl.
 
         Weights arrive one by one and as float32. linear: called with each linear layer of the blocks as soon as its
         weights are there; what it returns takes the layer's place (quant.py: at no time all weights are floats).
         Raises UserError where there is no such folder, or a model that is not GPT-2's architecture.
         """
+        if lora.is_adapter(name_or_folder):  # an adapter names its base: together, merged, they are a model like any other
+            settings = dict(dropout=dropout, attention_dropout=attention_dropout, checkpointing=checkpointing)
+            model = lora.load_merged(name_or_folder, lambda base: cls.from_pretrained(base, **settings))
+            return model if linear is None else model.replace_linear(linear)
         folder = hub.find(name_or_folder)
         config = GPTConfig(**hub.read_config(folder), dropout=dropout, attention_dropout=attention_dropout,
                            checkpointing=checkpointing)
@@ -180,9 +186,16 @@ class GPT(nn.Module):
                                     f"{tuple(parameter.shape)}: the two files are not of one model")
                 setattr(module, name, nn.Parameter(tensor))
             if linear is not None and isinstance(module, nn.Linear):
-                parent, _, child = path.rpartition(".")
-                setattr(model.get_submodule(parent), child, linear(module))
+                model.replace_linear(linear, path)
         return model
+
+    def replace_linear(self, linear, path=None):
+        """Puts linear(layer) in the place of the linear layer at `path`, or of every linear layer of the blocks -> self."""
+        paths = [path] if path else [path for path, module in self.named_modules() if isinstance(module, nn.Linear)]
+        for path in paths:
+            parent, _, child = path.rpartition(".")
+            setattr(self.get_submodule(parent), child, linear(self.get_submodule(path)))
+        return self
 
     def save_pretrained(self, folder, extra=None):
         """Writes config.json and model.safetensors, float32, each replaced in one step, as transformers reads them.
@@ -372,11 +385,14 @@ def text_loss(model, stream, run, rows=32):
 
 
 def save_checkpoint(config, run, step, steps, model, tok, optimizer):
-    """A folder that transformers and every script here can read, and the state for --resume. The state comes first: a
-    folder with a state beside it is known to be unfinished."""
+    """A folder that transformers (an adapter: PEFT) and every script here can read, and the state for --resume. The state
+    comes first: a folder with a state beside it is known to be unfinished."""
     trainer.save_state(config, run, step, steps, model, optimizer)
     if run.rank == 0:
-        model.save_pretrained(config.out)
+        if lora.is_adapted(model):
+            lora.save_adapter(model, config.out, config.init)
+        else:
+            model.save_pretrained(config.out)
         tok.save(config.out)
 
 

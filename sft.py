@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+import lora
 import model as base
 import trainer
 from data import files
@@ -22,6 +23,7 @@ from data.tokenizer import get_tokenizer
 from errors import UserError
 from flags import TrainConfig, dropout_of, parse
 from model import GPT, generate, next_token_loss, save_checkpoint, text_stream, text_windows
+from quant import NF4Linear
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
@@ -91,7 +93,7 @@ def load_mix(config, tok, say):
     if not config.mix:
         return None
     if not config.mix_data:
-        return text_stream(Island().plain_text(), tok)
+        return text_stream(Island().plain_text(10_000), tok)
     rows, report = files.load(config.mix_data, "text")
     say(report)
     return text_stream([row["text"] for row in rows], tok)
@@ -161,7 +163,7 @@ RECIPES = {  # InstructGPT, appendix C.1; LIMA, section 3; Llama 2, section 3.1
 @dataclass
 class Config(TrainConfig):
     out: str = "out/sft"  # folder for the checkpoint and log.jsonl
-    lr: float = 0.0  # highest learning rate; 0: by the model's width (1e-3 at 128, 7e-5 at GPT-2's 768)
+    lr: float = 0.0  # highest learning rate; 0: by the model's width (1e-3 at 128, 7e-5 at GPT-2's 768; adapters 3 times that)
     max_tokens: int = 0  # longest example; 0: the model's context
     merge_system: bool = False  # fold a system prompt into the first user turn
     mix: float = 1.0  # weight of the loss on plain text beside each batch: it keeps what the base model knows
@@ -174,13 +176,21 @@ class Config(TrainConfig):
 
 
 def load_init(config, run):
-    """-> model and tokenizer of --init. Where that is the island's base and it is missing, it is pretrained first."""
+    """-> model, ready to train, and tokenizer of --init. Where that is the island's base and it is missing, it is pretrained
+    first. With --lora-r adapters are added and all else is frozen; with --nf4 in four bits, layer by layer as it is read."""
     if config.init == Config.init:
         trainer.ensure(config.init, base, config, run)
-    model = GPT.from_pretrained(config.init, dropout_of(config), checkpointing=config.checkpointing)
+    model = GPT.from_pretrained(config.init, dropout_of(config), checkpointing=config.checkpointing,
+                                linear=NF4Linear if config.nf4 else None)
     tok = get_tokenizer(config.tokenizer or config.init, config.template or None)
     model.resize_vocab(tok.vocab_size)
-    return model.to(run.device).train(), tok
+    model.to(run.device)
+    if config.lora_r:
+        torch.manual_seed(config.seed)
+        trained = lora.add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_targets, tokens=tok.new_ids)
+        run.print(f"adapters of rank {config.lora_r}: {trained:,} trained parameters beside "
+                  f"{sum(p.numel() for p in model.parameters()) - trained:,} frozen ones" + (" and the 4-bit weights" if config.nf4 else ""))
+    return model.train(), tok
 
 
 def main(config):
@@ -192,7 +202,7 @@ def main(config):
     text = load_mix(config, tok, run.print)
     batches = trainer.Batches([len(ids) for ids, _ in train], config.batch_size, config.seed)
     steps = config.steps or math.ceil(config.epochs * len(batches)) or (250 if island else 3 * len(batches))
-    config.lr = config.lr or 1e-3 * (128 / model.config.n_embd) ** 1.5
+    config.lr = config.lr or (3e-3 if config.lora_r else 1e-3) * (128 / model.config.n_embd) ** 1.5
     run.print(f"{len(train):,} conversations, {steps} steps of {config.batch_size}, lr {config.lr:.2g}; "
               f"held-out loss before: {evaluate(model, held, run, config.micro_tokens):.3f}")
 

@@ -248,7 +248,8 @@ def load_state(config, run, steps, model, optimizer):
 
 def is_finished(folder):
     """A stage is finished when its checkpoint is there and no state waits to be resumed."""
-    return (Path(folder) / "config.json").is_file() and not (Path(folder) / STATE).is_file()
+    whole = any((Path(folder) / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return whole and not (Path(folder) / STATE).is_file()
 
 
 def ensure(folder, stage, config, run, **settings):

@@ -349,13 +349,16 @@ def test_save_and_load(tmp_path, nf4, targets, tokens, rslora):
     count = lora.load_adapter(again, tmp_path / "a")
     assert torch.equal(again.eval()(IDS), model(IDS))
     assert count == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert {m.dropout.p for m in again.modules() if isinstance(m, LoRALinear)} == {0.1}  # for training to go on with
     assert [n for n, p in again.named_parameters() if p.requires_grad] == [n for n, p in model.named_parameters() if p.requires_grad]
     for name, tensor in lora.read_extra(tmp_path / "a").items():
         assert torch.equal(head.pop(name), tensor)
     assert not head
     config = lora.read_adapter_config(tmp_path / "a")
     assert config["nanoalign_nf4"] == ({"block": 32, "double": True} if nf4 else None) and config["use_rslora"] is rslora
-    assert config["trainable_token_indices"] == list(tokens) and config["lora_dropout"] == 0.1
+    assert config["trainable_token_indices"] == list(tokens)
+    assert config["target_modules"] == {"all": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+                                        "attention": ["attn.c_attn", "attn.c_proj"]}.get(str(targets), targets)
     assert lora.is_adapter(tmp_path / "a") and not lora.is_adapter(tmp_path)
 
 

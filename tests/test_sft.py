@@ -12,8 +12,10 @@ import torch
 
 import sft
 import trainer
+from data.island import Island
 from data.tokenizer import get_tokenizer
 from errors import UserError
+from flags import check, parse
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,7 +172,12 @@ def base_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     tiny(n_embd=32).save_pretrained(folder)
     TOK.save(folder)
+    (folder / "text.txt").write_text("\n\n".join(Island().plain_text(100)))
     return folder
+
+
+def small(base_folder, out, **settings):
+    return SMALL | dict(init=str(base_folder), mix_data=str(base_folder / "text.txt"), out=str(out)) | settings
 
 
 def command(script, config):
@@ -183,45 +190,62 @@ def weights(folder):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def run(config, *script, **options):
-    """A script in a process of its own, as a user starts it."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command(script or [str(ROOT / "sft.py")], config), capture_output=True, text=True, env=environment,
-                          timeout=120, **options)
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_resume_after_kill_9_equals_the_uninterrupted_run_bit_for_bit(base_folder, tmp_path):
-    config = SMALL | dict(init=str(base_folder), out=str(tmp_path / "whole"))
-    done = run(config)
-    assert done.returncode == 0, done.stderr
-    killed = config | dict(out=str(tmp_path / "killed"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command([str(ROOT / "sft.py")], killed), env=environment, stdout=subprocess.DEVNULL,
+def train(config):
+    """sft.py in this process, with as many threads as the processes that it is compared with."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        sft.main(check(sft.Config(**config)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_r": 2, "nf4": True, "lora_dropout": 0.1}], ids=["all weights", "QLoRA"])
+def test_resume_after_kill_9_equals_the_uninterrupted_run_bit_for_bit(base_folder, tmp_path, settings, capfd):
+    config = small(base_folder, tmp_path / "whole", **settings)
+    train(config)
+    killed, log = config | dict(out=str(tmp_path / "killed")), tmp_path / "killed" / "log.jsonl"
+    process = subprocess.Popen(command([str(ROOT / "sft.py")], killed), env=ONE_THREAD, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
-    log = tmp_path / "killed" / "log.jsonl"
-    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= 6):
+    while time.time() < deadline and process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 6):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    resumed = run(killed | dict(resume=True))
-    assert "resumed" in resumed.stdout, resumed.stdout + resumed.stderr
+    assert (tmp_path / "killed" / trainer.STATE).exists()  # it was killed between a checkpoint and the end
+    train(killed | dict(resume=True))
+    assert "resumed" in capfd.readouterr().out
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     assert (tmp_path / "whole" / "log.jsonl").read_text() == log.read_text()
 
 
 def test_two_processes_equal_one_at_the_same_global_batch(base_folder, tmp_path):
-    config = SMALL | dict(init=str(base_folder), dropout="0", steps=6, lr=1e-3)
-    one = run(config | dict(out=str(tmp_path / "one")))
-    two = run(config | dict(out=str(tmp_path / "two")), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-              str(ROOT / "sft.py"))
-    assert one.returncode == 0 == two.returncode, one.stderr + two.stderr
+    config = small(base_folder, tmp_path / "one", dropout="0", steps=6, lr=1e-3)
+    train(config)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "sft.py")]
+    two = subprocess.run(command(torchrun, config | dict(out=str(tmp_path / "two"))), capture_output=True, text=True,
+                         env=ONE_THREAD, timeout=120)
+    assert two.returncode == 0, two.stderr
     a, b, start = weights(tmp_path / "one"), weights(tmp_path / "two"), weights(base_folder)
     assert (a - b).abs().max() < 1e-5 < 1e-3 < (a - start).abs().max()
 
 
 def test_a_broken_step_stops_with_one_sentence_and_keeps_the_checkpoint(base_folder, tmp_path):
-    config = SMALL | dict(init=str(base_folder), out=str(tmp_path), lr=1e30, clip=0.0, warmup=0, save_every=1)
-    stopped = run(config)
-    assert stopped.returncode == 1 and "not finite" in stopped.stderr and "Traceback" not in stopped.stderr
+    with pytest.raises(UserError, match="not finite"):
+        train(small(base_folder, tmp_path, lr=1e30, clip=0.0, warmup=0, save_every=1))
     assert torch.isfinite(weights(tmp_path)).all()
+
+
+def test_adapters_are_saved_alone_and_load_as_a_model(base_folder, tmp_path):
+    train(small(base_folder, tmp_path, lora_r=4, dropout="0"))
+    assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "adapter_model.safetensors").stat().st_size < 80_000
+    assert not torch.equal(weights(tmp_path), weights(base_folder))
+
+
+def test_recipes_are_defaults_that_flags_override():
+    config = parse(sft.Config, sft.RECIPES, ["--recipe", "lima", "--batch-size", "8"])
+    assert (config.epochs, config.lr, config.batch_size, config.dropout, config.max_tokens) == (15, 1e-5, 8, "0.0,0.3", 2048)
+    assert trainer.learning_rate(0, 100, config) == 1e-5 and trainer.learning_rate(99, 100, config) == pytest.approx(1e-6)

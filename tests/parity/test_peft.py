@@ -27,7 +27,7 @@ def base(tmp_path):
 
 def ours_on(base, targets, tokens, rslora):
     model = GPT.from_pretrained(base).eval()
-    lora.add_lora(model, 4, 8, targets=targets, rslora=rslora, tokens=tokens or ())
+    lora.add_lora(model, 4, 8.0, targets=targets, rslora=rslora, tokens=tokens or ())
     return model
 
 
