@@ -9,8 +9,8 @@ to the weight, once, and which weight that is decides what one gets:
     careful merge    W' + alpha/r B A         W' as training saw it, dequantize(quantize(W)) after QLoRA: the same model
     simple merge     bf16(W) + alpha/r B A    adapters beside weights they were never trained with
 
-    python lora.py --adapter out/sft-lora --out out/merged            merges an adapter into the base that it names
-    python lora.py --adapter out/sft-lora --compare                   what both merges change, against the unmerged model
+    python lora.py --adapter out/sft-lora --out out/merged    merges an adapter into the base that it names
+    python lora.py --adapter out/sft-lora --compare           what both merges change, against the unmerged model
 
 Adapters are stored as PEFT stores them: PEFT reads ours, we read its (tests/parity).
 """
@@ -69,9 +69,9 @@ class LoRALinear(nn.Module):
 class TrainedTokens(nn.Module):
     """A frozen embedding (V, C) of which the rows `ids` are trained: as input and, the matrix being tied, in the head.
 
-    A token that the base model has never seen has an embedding that means nothing, and no adapter in the layers above can
-    give it one. The rows start as they are. The whole matrix is never copied: rows are overridden where they are read, and
-    the head's few columns are corrected. Raises ValueError for ids that repeat or lie outside the embedding.
+    A token that the base model has never seen has an embedding that means nothing, and no adapter in the layers above
+    can give it one. The rows start as they are. The whole matrix is never copied: rows are overridden where they are
+    read, and the head's few columns are corrected. Raises ValueError for ids that repeat or lie outside the embedding.
     """
 
     def __init__(self, embedding, ids):
@@ -98,7 +98,7 @@ class TrainedTokens(nn.Module):
         logits = self.base.logits(hidden)
         if self.off:
             return logits
-        # adding what the rows have moved, in place, where writing new columns would copy all logits' gradients once more
+        # adds what the rows have moved: writing new columns would make the backward pass copy the logits' gradient
         moved = self.rows - self.base.weight[self.ids]  # (len(ids), C)
         return logits.index_add_(-1, self.ids, F.linear(hidden, moved))
 
@@ -109,9 +109,9 @@ ATTENTION = ("c_attn", "attn.c_proj")  # what the LoRA paper adapts; QLoRA found
 
 
 def _linear_layers(model):
-    """{path: layer} of every linear layer of the blocks, adapted or not."""
+    """{path: layer} of every linear layer of the blocks, adapted or not; not what is frozen inside an adapter."""
     return {f"h.{path}": layer for path, layer in model.h.named_modules()
-            if isinstance(layer, (nn.Linear, NF4Linear, LoRALinear)) and not path.endswith(".base")}  # .base: inside an adapter
+            if isinstance(layer, (nn.Linear, NF4Linear, LoRALinear)) and not path.endswith(".base")}
 
 
 def _adapted(model):
@@ -134,10 +134,10 @@ def _put(model, path, layer):
 
 
 def add_lora(model, r, alpha, dropout=0.0, targets="all", rslora=False, tokens=()):
-    """Freezes the model (a GPT) and adds adapters to its blocks' linear layers, in place -> number of trainable parameters.
+    """Freezes a GPT and adds adapters to its blocks' linear layers, in place -> number of trainable parameters.
 
-    targets: "all", "attention", or names of layers such as "c_fc,attn.c_proj" or a list of them. tokens: ids whose rows of
-    the embedding are trained too. Embeddings otherwise, norms and the head stay frozen.
+    targets: "all", "attention", or names of layers such as "c_fc,attn.c_proj" or a list of them. tokens: ids whose rows
+    of the embedding are trained too. Other embeddings, the norms and the head stay frozen.
     Raises UserError where a target names no layer, ValueError where the model has adapters already.
     """
     if is_adapted(model):
@@ -176,13 +176,16 @@ def lora_off(model):
 
 # ---- merging ---------------------------------------------------------------------------------------------------------
 
+HOW = ("careful", "simple")
+
+
 @torch.no_grad()
 def _merged_weight(layer, how):
     """nn.Linear, NF4Linear or either with an adapter -> one weight (out, in)."""
     base = layer.base if isinstance(layer, LoRALinear) else layer
     if how == "simple":
         if isinstance(base, NF4Linear):
-            raise ValueError("the simple merge adds adapters to the weights before they were quantized: load the base as floats")
+            raise ValueError("the simple merge needs the weights as they were before: load the base as floats")
         weight = base.weight.bfloat16().to(base.weight.dtype)
     else:
         weight = dequantize_nf4(base.quantized) if isinstance(base, NF4Linear) else base.weight
@@ -192,15 +195,16 @@ def _merged_weight(layer, how):
 def merge_lora(model, how="careful"):
     """Back to a plain GPT with plain nn.Linear layers, in place -> model; every parameter is trainable again.
 
-    careful: the weights as training saw them + scaling * BA, so the logits stay what they were. simple: bf16(W) + scaling * BA.
+    careful: the weights as training saw them + scaling * BA, so the logits stay what they were. simple: bf16(W) +
+    scaling * BA in every linear layer of the blocks.
     Never rounds to four bits again: the rounding error would be larger than most of what training has changed.
     Raises ValueError for another `how`, and for "simple" where the base is quantized.
     """
-    if how not in ("careful", "simple"):
+    if how not in HOW:
         raise ValueError(f"how is {how!r}: it must be careful or simple")
     for path, layer in _linear_layers(model).items():
         base = layer.base if isinstance(layer, LoRALinear) else layer
-        linear = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")  # the weight comes from elsewhere
+        linear = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")  # no random numbers
         linear.weight = nn.Parameter(_merged_weight(layer, how))
         linear.bias = base.bias
         _put(model, path, linear.train(layer.training))
@@ -217,17 +221,18 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's wrapper inside PEFT's wrapper; "transformer." is transformers' GPT2LMHeadModel
 TOKENS = "transformer.wte.token_adapter.trainable_tokens_delta"  # holds the rows, whatever it is called
 
-# What may stand in a config: the settings that are read, and those that change nothing once the adapter is trained (which
-# layers were chosen shows in the weights' names). Any other must be at "no": a setting skipped is a model silently wrong.
+# What may stand in a config: the settings that are read, and those that change nothing once the adapter is trained
+# (which layers were chosen shows in the weights' names). Any other must be off: a setting skipped is a model silently
+# wrong.
 KNOWN = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias",
          "trainable_token_indices", "nanoalign_nf4", "nanoalign_extra", "target_modules", "exclude_modules",
-         "layers_to_transform", "layers_pattern", "fan_in_fan_out", "inference_mode", "init_lora_weights", "auto_mapping",
-         "revision", "peft_version", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
+         "layers_to_transform", "layers_pattern", "fan_in_fan_out", "inference_mode", "init_lora_weights", "revision",
+         "auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
 ONE_OF = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none",),
-          "init_lora_weights": (True, False, "gaussian", "orthogonal")}  # others (PiSSA, LoftQ ...) change the base weights
+          "init_lora_weights": (True, False, "gaussian", "orthogonal")}  # others (PiSSA, LoftQ) change the base weights
 
 
-def _trained(model):
+def peft_parameters(model):
     """{name in PEFT's file, without its prefix: parameter} of adapters and token rows."""
     named = {f"transformer.{path}.{name}.weight": getattr(layer, name)
              for path, layer in _adapted(model).items() for name in ("lora_A", "lora_B")}
@@ -237,26 +242,28 @@ def _trained(model):
 def save_adapter(model, folder, base_name, extra=None):
     """Writes adapter_model.safetensors and adapter_config.json, each replaced in one step, as PEFT reads them.
 
-    base_name: folder or public name of the base model, recorded for load_merged and for PEFT. extra: tensors of a head that
-    goes with the adapter (a reward head), stored beside it under their names (read_extra). Besides PEFT's settings the
-    config records whether the base was quantized in training: "nanoalign_nf4": {"block", "double"} or null.
+    base_name: folder or public name of the base model, recorded for load_merged and for PEFT. extra: tensors of a head
+    that goes with the adapter (a reward head), stored beside it under their names (read_extra). Besides PEFT's settings
+    the config records whether the base was quantized in training: "nanoalign_nf4": {"block", "double"} or null.
     """
     folder, adapted = Path(folder), _adapted(model)
     if not adapted:
         raise ValueError("the model has no adapters to save")
     layer = next(iter(adapted.values()))
     endings = sorted({re.sub(r"^h\.\d+\.", "", path) for path in adapted})
-    everywhere = _matching(_linear_layers(model), endings) == list(adapted)  # the same layers in every block: a short list
+    in_all_blocks = _matching(_linear_layers(model), endings) == list(adapted)
+    tokens = model.wte.ids.tolist() if isinstance(model.wte, TrainedTokens) else None
     nf4 = [m for m in model.modules() if isinstance(m, NF4Linear)]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "r": layer.r,
               "lora_alpha": layer.alpha, "lora_dropout": layer.dropout.p, "use_rslora": layer.rslora, "bias": "none",
-              "target_modules": endings if everywhere else list(adapted),
+              "target_modules": endings if in_all_blocks else list(adapted),
               "fan_in_fan_out": True,  # GPT-2's Conv1D keeps its weight as (in, out); A and B are stored alike for both
-              "trainable_token_indices": {"wte": model.wte.ids.tolist()} if isinstance(model.wte, TrainedTokens) else None,
+              "trainable_token_indices": tokens and {"wte": tokens},
               "inference_mode": True, "init_lora_weights": True,
               "nanoalign_nf4": {"block": nf4[0].block, "double": nf4[0].scale is not None} if nf4 else None,
               "nanoalign_extra": sorted(extra or {})}
-    tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in (_trained(model) | (extra or {})).items()}
+    tensors = peft_parameters(model) | (extra or {})
+    tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
@@ -270,9 +277,9 @@ def is_adapter(folder):
 
 
 def read_adapter_config(folder):
-    """adapter_config.json -> its settings; trainable_token_indices always a list, ours filled in where PEFT wrote the file.
+    """adapter_config.json -> its settings; token indices as a list, our own keys filled in where PEFT wrote the file.
 
-    Raises UserError for a damaged file and for settings that would make another model (DoRA, trained biases, other tasks).
+    Raises UserError for a damaged file and for settings that would make another model (DoRA, trained biases, ...).
     """
     path = Path(folder) / CONFIG
     try:
@@ -281,7 +288,7 @@ def read_adapter_config(folder):
         unknown = [key for key, value in config.items() if value and key not in KNOWN]
         unknown += [key for key, allowed in ONE_OF.items() if config.get(key, allowed[0]) not in allowed]
         if unknown:
-            raise UserError(f"{path} has {unknown[0]} = {config[unknown[0]]!r}: this project reads LoRA adapters of a GPT-2 "
+            raise UserError(f"{path} has {unknown[0]} = {config[unknown[0]]!r}: this project reads adapters of GPT-2 "
                             "without that setting")
         tokens = config.get("trainable_token_indices") or []
         config["trainable_token_indices"] = [int(i) for i in (tokens["wte"] if isinstance(tokens, dict) else tokens)]
@@ -297,7 +304,7 @@ def read_adapter_config(folder):
 
 
 def _read_tensors(folder):
-    """-> {name without PEFT's prefix: tensor}. An adapter made on GPT2Model lacks "transformer.": it is put back."""
+    """-> {name without PEFT's prefix: tensor}. An adapter made on GPT2Model lacks "transformer.": it is added."""
     path = Path(folder) / WEIGHTS
     try:
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
@@ -305,7 +312,8 @@ def _read_tensors(folder):
         raise UserError(f"{folder} has an {CONFIG} but no {WEIGHTS}: save or copy the adapter again")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): save or copy the adapter again")
-    return {f"transformer.{name}" if name.startswith(("h.", "wte.")) else name: tensor for name, tensor in tensors.items()}
+    bare = ("h.", "wte.")
+    return {f"transformer.{name}" if name.startswith(bare) else name: tensor for name, tensor in tensors.items()}
 
 
 def read_extra(folder):
@@ -333,14 +341,16 @@ def load_adapter(model, folder):
     if not wanted:
         raise UserError(f"{folder}/{WEIGHTS} holds no adapter of a linear layer")
     tokens = config["trainable_token_indices"]
-    if tokens and max(tokens) >= model.config.vocab_size:  # chat tokens that training had added to the base's vocabulary
+    if tokens and max(tokens) >= model.config.vocab_size:  # chat tokens that training had added
         model.resize_vocab(max(tokens) + 1)
-    count = add_lora(model, int(config["r"]), config["lora_alpha"], config["lora_dropout"], wanted, config["use_rslora"], tokens)
-    for name, parameter in _trained(model).items():
+    count = add_lora(model, int(config["r"]), config["lora_alpha"], config["lora_dropout"], wanted,
+                     config["use_rslora"], tokens)
+    for name, parameter in peft_parameters(model).items():
         tensor = tensors.get(name)
         if tensor is None or tensor.shape != parameter.shape:
             there = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-            raise UserError(f"{folder}/{WEIGHTS}: {name} {there}, but base and {CONFIG} ask for {tuple(parameter.shape)}")
+            raise UserError(f"{folder}/{WEIGHTS}: {name} {there}, but base and {CONFIG} ask for shape "
+                            f"{tuple(parameter.shape)}")
         parameter.data.copy_(tensor)
     return count
 
@@ -359,7 +369,7 @@ def base_of(folder):
             return str(place)
     if name.removeprefix("openai-community/") in PUBLIC:
         return name.removeprefix("openai-community/")
-    raise UserError(f"the adapter {folder} was trained on {name}, but there is no folder {name} and no folder {beside}: "
+    raise UserError(f"the adapter {folder} is of {name}, but there is no folder {name} and no folder {beside}: "
                     f"put the base there, or name it with python lora.py --base FOLDER --adapter {folder} --out MERGED")
 
 
@@ -385,7 +395,7 @@ def load_merged(folder, load_base, base="", how="careful"):
 
 @torch.inference_mode()
 def logit_differences(model, other, windows):
-    """windows (n, T) of ids -> largest and mean |logit difference|, share of positions whose likeliest token differs."""
+    """windows (n, T) of ids -> largest and mean |logit difference|, share of positions with another likeliest token."""
     largest, total, changed = 0.0, 0.0, 0.0
     for ids in windows:
         a, b = model(ids[None]), other(ids[None])  # (1, T, V)
@@ -417,7 +427,8 @@ def compare_on_the_island(models, tok):
     island, run = Island(), Run(torch.device("cpu"), torch.float32)
     rows = island.conversations(600, seed=7, split="test")  # the held-out ones of sft.py
     scores = {name: island_scores(model, tok, rows, island, run) for name, model in models.items()}
-    print("\nasked what it was never trained on (greedy answers):\n" + " " * 41 + "".join(f"{name:>10}" for name in scores))
+    print("\nasked what it was never trained on (greedy answers):")
+    print(" " * 41 + "".join(f"{name:>10}" for name in scores))
     for question in next(iter(scores.values())):
         print(f"   {question:<38}" + "".join(f"{column[question][0]:>10.0%}" for column in scores.values()))
 
@@ -440,14 +451,14 @@ def main(config):
 
     if not config.adapter or not (config.out or config.compare):
         raise UserError("name an adapter and what to do with it: --adapter FOLDER with --out FOLDER or --compare")
-    if config.merge not in ("careful", "simple"):
+    if config.merge not in HOW:
         raise UserError(f"--merge {config.merge}: it must be careful or simple")
     base = config.base or base_of(config.adapter)
     own = (Path(config.adapter) / "tokenizer.json").is_file()  # an adapter from PEFT may come without a tokenizer
     tok = get_tokenizer(config.adapter if own else base)
     if config.compare:
         trained = load_unmerged(config.adapter, GPT.from_pretrained, base).eval()
-        merges = {how: load_merged(config.adapter, GPT.from_pretrained, base, how).eval() for how in ("careful", "simple")}
+        merges = {how: load_merged(config.adapter, GPT.from_pretrained, base, how).eval() for how in HOW}
         rows = files.load(config.text, "text")[0] if config.text else []
         compare(trained, merges, tok, [row["text"] for row in rows] or Island().plain_text(400, seed=9))
         if tok.ranks == get_tokenizer("tiny").ranks:  # the island's vocabulary

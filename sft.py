@@ -163,12 +163,12 @@ RECIPES = {  # InstructGPT, appendix C.1; LIMA, section 3; Llama 2, section 3.1
 @dataclass
 class Config(TrainConfig):
     out: str = "out/sft"  # folder for the checkpoint and log.jsonl
-    lr: float = 0.0  # highest learning rate; 0: by the model's width (1e-3 at 128, 7e-5 at GPT-2's 768; adapters 3 times that)
+    lr: float = 0.0  # highest learning rate; 0: by the model's width (2e-3 at 128, 6e-5 at GPT-2's 768; adapters 4e-3 and 3e-4)
     max_tokens: int = 0  # longest example; 0: the model's context
     merge_system: bool = False  # fold a system prompt into the first user turn
     mix: float = 1.0  # weight of the loss on plain text beside each batch: it keeps what the base model knows
     mix_data: str = ""  # plain text for --mix; empty: the island's, where --data is empty too
-    mix_rows: int = 8  # contexts of plain text beside each batch
+    mix_rows: int = 4  # contexts of plain text beside each batch
     answers: str = "clean"  # the island's answers: clean, or community (of mixed quality, where preferences start)
     n_sft: int = 3000  # conversations from the island
     idk: bool = True  # with the island's "I do not know" answers; without them the model invents
@@ -193,6 +193,11 @@ def load_init(config, run):
     return model.train(), tok
 
 
+def default_lr(config, n_embd):
+    """A learning rate that works for the tiny model (width 128) and for GPT-2's sizes; adapters want a higher one."""
+    return 4e-3 * (128 / n_embd) ** 1.5 if config.lora_r else 2e-3 * (128 / n_embd) ** 2
+
+
 def main(config):
     run = trainer.start(config)
     model, tok = load_init(config, run)
@@ -202,7 +207,7 @@ def main(config):
     text = load_mix(config, tok, run.print)
     batches = trainer.Batches([len(ids) for ids, _ in train], config.batch_size, config.seed)
     steps = config.steps or math.ceil(config.epochs * len(batches)) or (250 if island else 3 * len(batches))
-    config.lr = config.lr or (3e-3 if config.lora_r else 1e-3) * (128 / model.config.n_embd) ** 1.5
+    config.lr = config.lr or default_lr(config, model.config.n_embd)
     run.print(f"{len(train):,} conversations, {steps} steps of {config.batch_size}, lr {config.lr:.2g}; "
               f"held-out loss before: {evaluate(model, held, run, config.micro_tokens):.3f}")
 

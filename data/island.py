@@ -32,7 +32,7 @@ from errors import UserError
 
 ATTRIBUTES = list(words.VALUES)
 PLAIN_TEXT = {"biography": 62, "hard": 18, "why": 12, "story": 5, "safety": 3, "pip": 2}  # weights, not percent
-CONVERSATIONS = {"fact": 45, "multi": 13, "why": 8, "unknown": 14, "unsafe": 8, "safe": 5, "identity": 4, "system": 6}
+CONVERSATIONS = {"fact": 38, "multi": 13, "why": 8, "unknown": 12, "unsafe": 8, "safe": 5, "identity": 8, "system": 8}
 RANKED = {"fact": 60, "unknown": 20, "unsafe": 20}
 COMMUNITY = {  # how often people answer how, where the answers are not cleaned
     "fact": {"simple": 20, "detail": 15, "flattery": 15, "hard": 20, "wrong": 10, "flattery_wrong": 5, "rude": 8,

@@ -11,7 +11,8 @@ from model import GPT, GPTConfig
 IDS = torch.tensor([[3, 47, 9, 49, 1, 30, 2, 47], [5, 6, 7, 8, 9, 10, 11, 49]])
 NEW = [49, 47]
 TARGETS = {"all": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"], "attention": ["c_attn", "attn.c_proj"]}
-CASES = pytest.mark.parametrize("targets, tokens, rslora", [("all", NEW, False), ("attention", None, True), ("all", None, False)])
+CASES = pytest.mark.parametrize("targets, tokens, rslora",
+                                [("all", NEW, False), ("attention", None, True), ("all", None, False)])
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def stir(model):
 
 
 def in_pefts_names(model):
-    return {lora.PREFIX + name: p for name, p in lora._trained(model).items()}
+    return {lora.PREFIX + name: p for name, p in lora.peft_parameters(model).items()}
 
 
 def trained_by_peft(model):
@@ -80,11 +81,12 @@ def test_forward_and_gradients(base, tmp_path, targets, tokens, rslora):
 @CASES
 def test_peft_reads_our_files(base, tmp_path, targets, tokens, rslora):
     ours = stir(ours_on(base, targets, tokens, rslora))
-    lora.save_adapter(ours, tmp_path / "ours", base, extra={"score.weight": torch.ones(1, 16)})  # what it does not know, it skips
+    head = {"score.weight": torch.ones(1, 16)}  # PEFT skips what it does not know
+    lora.save_adapter(ours, tmp_path / "ours", base, extra=head)
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
     assert torch.allclose(theirs(IDS).logits, ours(IDS), atol=1e-5)
-    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours").eval()  # by the base that our config names
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours").eval()  # by the base named in our config
     assert torch.allclose(found(IDS).logits, ours(IDS), atol=1e-5)
 
 
@@ -92,7 +94,8 @@ def test_peft_reads_our_files(base, tmp_path, targets, tokens, rslora):
 def test_merged_weights_are_equal(base, tmp_path, targets, tokens, rslora):
     ours = stir(ours_on(base, targets, tokens, rslora))
     lora.save_adapter(ours, tmp_path / "ours", base)
-    theirs = peft.PeftModel.from_pretrained(transformers.GPT2LMHeadModel.from_pretrained(base), tmp_path / "ours").merge_and_unload()
+    model = transformers.GPT2LMHeadModel.from_pretrained(base)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "ours").merge_and_unload()
     lora.merge_lora(ours).save_pretrained(tmp_path / "merged")
     merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
     for (name, a), (_, b) in zip(merged.named_parameters(), theirs.named_parameters(), strict=True):
@@ -110,7 +113,8 @@ def test_layers_that_peft_chose_by_a_regular_expression(base, tmp_path):
     lora.load_adapter(ours, tmp_path / "theirs")
     assert torch.allclose(ours(IDS), theirs(IDS).logits, atol=1e-5)
     lora.save_adapter(ours, tmp_path / "back", base)
-    back = peft.PeftModel.from_pretrained(transformers.GPT2LMHeadModel.from_pretrained(base), tmp_path / "back").eval()
+    model = transformers.GPT2LMHeadModel.from_pretrained(base)
+    back = peft.PeftModel.from_pretrained(model, tmp_path / "back").eval()
     assert torch.allclose(back(IDS).logits, theirs(IDS).logits, atol=1e-5)
 
 
