@@ -12,6 +12,9 @@ to the weight, once, and which weight that is decides what one gets:
     python lora.py --adapter out/sft-lora --out out/merged    merges an adapter into the base that it names
     python lora.py --adapter out/sft-lora --compare           what both merges change, against the unmerged model
 
+The tiny model of the island after QLoRA (r 16): the careful merge moves no logit by more than 5e-5. The simple merge
+moves them by 0.19 on average and changes 1.8 % of the likeliest tokens; strangers are met with "I do not know" in 79 %
+of the cases, not in 85 %. The adapter's file has 0.5 MB, the base's 3.8.
 Adapters are stored as PEFT stores them: PEFT reads ours, we read its (tests/parity).
 """
 import json
@@ -90,8 +93,9 @@ class TrainedTokens(nn.Module):
         x = self.base(ids)  # (..., C)
         if self.off:
             return x
-        row = self.row_of[ids].unsqueeze(-1)  # (..., 1)
-        return torch.where(row >= 0, F.embedding(row.squeeze(-1).clamp(min=0), self.rows), x)
+        row = self.row_of[ids]  # (...)
+        trained = F.embedding(row.clamp(min=0), self.rows)  # (..., C), only good where there is a row
+        return torch.where((row >= 0).unsqueeze(-1), trained, x)
 
     def logits(self, hidden):
         """(..., C) -> (..., V)."""
@@ -143,14 +147,15 @@ def add_lora(model, r, alpha, dropout=0.0, targets="all", rslora=False, tokens=(
     if is_adapted(model):
         raise ValueError("the model has adapters already: merge them first")
     layers = _linear_layers(model)
-    names = {"all": list(layers), "attention": ATTENTION}.get(targets) if isinstance(targets, str) else targets
-    names = [name.strip() for name in targets.split(",")] if names is None else names
-    for name in names:
+    if isinstance(targets, str):
+        groups = {"all": list(layers), "attention": ATTENTION}
+        targets = groups[targets] if targets in groups else [name.strip() for name in targets.split(",")]
+    for name in targets:
         if not _matching(layers, [name]):
             known = sorted({re.sub(r"^h\.\d+\.", "", path) for path in layers})
             raise UserError(f"no linear layer is named {name!r}: choose all, attention, or among {', '.join(known)}")
     model.requires_grad_(False)
-    for path in _matching(layers, names):
+    for path in _matching(layers, targets):
         _put(model, path, LoRALinear(layers[path], r, alpha, dropout, rslora))
     if tokens:
         model.wte = TrainedTokens(model.wte, list(dict.fromkeys(tokens)))
@@ -162,7 +167,7 @@ def add_lora(model, r, alpha, dropout=0.0, targets="all", rslora=False, tokens=(
 
 @contextmanager
 def lora_off(model):
-    """Inside it the model is its base again, bit for bit: the reference model at no memory of its own."""
+    """Inside it the model is its base again, bit for bit: a reference model that needs no memory of its own."""
     layers = [m for m in model.modules() if isinstance(m, (LoRALinear, TrainedTokens))]
     before = [layer.off for layer in layers]
     try:
@@ -196,8 +201,8 @@ def merge_lora(model, how="careful"):
     """Back to a plain GPT with plain nn.Linear layers, in place -> model; every parameter is trainable again.
 
     careful: the weights as training saw them + scaling * BA, so the logits stay what they were. simple: bf16(W) +
-    scaling * BA in every linear layer of the blocks.
-    Never rounds to four bits again: the rounding error would be larger than most of what training has changed.
+    scaling * BA, in every linear layer of the blocks. Neither rounds back to four bits: that would add an error that
+    training has not seen.
     Raises ValueError for another `how`, and for "simple" where the base is quantized.
     """
     if how not in HOW:

@@ -403,8 +403,8 @@ class Config(TrainConfig):
     out: str = "out/base"  # folder for the checkpoint and log.jsonl
     tokenizer: str = "tiny"  # tiny, gpt2, a rank file or a folder
     steps: int = 600  # optimizer steps
-    batch_size: int = 32  # windows of --block-size tokens per optimizer step
-    lr: float = 2e-3  # highest learning rate
+    batch_size: int = 16  # windows of --block-size tokens per optimizer step
+    lr: float = 6e-3  # highest learning rate
     warmup: int = 40  # steps in which the learning rate rises from 0
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads

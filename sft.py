@@ -163,7 +163,7 @@ RECIPES = {  # InstructGPT, appendix C.1; LIMA, section 3; Llama 2, section 3.1
 @dataclass
 class Config(TrainConfig):
     out: str = "out/sft"  # folder for the checkpoint and log.jsonl
-    lr: float = 0.0  # highest learning rate; 0: by the model's width (2e-3 at 128, 6e-5 at GPT-2's 768; adapters 4e-3 and 3e-4)
+    lr: float = 0.0  # highest learning rate; 0: by the model's width (2e-3 at 128, 6e-5 at GPT-2's 768; adapters 4 times that)
     max_tokens: int = 0  # longest example; 0: the model's context
     merge_system: bool = False  # fold a system prompt into the first user turn
     mix: float = 1.0  # weight of the loss on plain text beside each batch: it keeps what the base model knows
@@ -190,12 +190,13 @@ def load_init(config, run):
         trained = lora.add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_targets, tokens=tok.new_ids)
         run.print(f"adapters of rank {config.lora_r}: {trained:,} trained parameters beside "
                   f"{sum(p.numel() for p in model.parameters()) - trained:,} frozen ones" + (" and the 4-bit weights" if config.nf4 else ""))
+    tok.new_ids = []  # from here on they are trained
     return model.train(), tok
 
 
 def default_lr(config, n_embd):
     """A learning rate that works for the tiny model (width 128) and for GPT-2's sizes; adapters want a higher one."""
-    return 4e-3 * (128 / n_embd) ** 1.5 if config.lora_r else 2e-3 * (128 / n_embd) ** 2
+    return (8e-3 if config.lora_r else 2e-3) * (128 / n_embd) ** 2
 
 
 def main(config):

@@ -206,21 +206,23 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def save_state(config, run, step, steps, model, optimizer):
-    """Everything --resume needs, in one file: it is either the old one or the new one, never half of each.
+def save_state(config, run, step, steps, model, *optimizers, extra=None):
+    """Everything --resume needs, in one file: it is either the old one or the new one, never half of each. extra: a dict of
+    numbers that a script adapts while it trains.
 
     The weights are in it as well as in model.safetensors, so that no kill between two files can pair the weights of one
     step with the optimizer of another. Adapters: only what is trained.
     """
     if run.rank == 0:
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        state = {"step": step, "steps": steps, "seed": config.seed, "model": trained, "optimizer": optimizer.state_dict()}
+        state = {"step": step, "steps": steps, "seed": config.seed, "model": trained,
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers], "extra": extra or {}}
         with replacing(Path(config.out) / STATE) as temporary:
             torch.save(state, temporary)
 
 
-def load_state(config, run, steps, model, optimizer):
-    """With --resume: loads the state in --out -> the first step still to do. Without: 0."""
+def load_state(config, run, steps, model, *optimizers, extra=None):
+    """With --resume: loads the state in --out, `extra` included -> the first step still to do. Without: 0."""
     path = Path(config.out) / STATE
     if not config.resume:
         if path.is_file():
@@ -239,7 +241,10 @@ def load_state(config, run, steps, model, optimizer):
         with torch.no_grad():
             for name, tensor in state["model"].items():
                 parameters[name].copy_(tensor)
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if extra is not None:
+            extra.update(state["extra"])
     except Exception as error:  # a cut or foreign file fails in many ways; the cure is one
         raise UserError(f"--resume: {path} does not fit or is damaged ({str(error).splitlines()[0]}): start without --resume")
     run.print(f"resumed {config.out} at step {state['step']} of {steps}")

@@ -66,7 +66,7 @@ TEMPLATES = {
 class Tokenizer:
     """A tiktoken encoding and a chat template. `vocab_size` counts the special tokens too."""
 
-    def __init__(self, name, ranks, special, pattern=PATTERN, template="chat"):
+    def __init__(self, name, ranks, special, pattern=PATTERN, template="chat", new_ids=()):
         if template not in TEMPLATES:
             raise UserError(f"there is no chat template {template!r}: choose one of {', '.join(TEMPLATES)}")
         known = dict(special)
@@ -75,7 +75,8 @@ class Tokenizer:
                 known[token] = max([*ranks.values(), *known.values()]) + 1
         self.template_name, self.template = template, TEMPLATES[template]
         self.ranks, self.special, self.pattern = ranks, known, pattern
-        self.new_ids = sorted(set(known.values()) - set(special.values()))
+        # chat tokens that the model beside these files has never been trained on: their embeddings mean nothing yet
+        self.new_ids = sorted(set(known.values()) - set(special.values()) | set(new_ids))
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=known)
         self.vocab_size = self.encoding.max_token_value + 1
         self.end_of_text = known[END_OF_TEXT]
@@ -146,7 +147,8 @@ class Tokenizer:
         }
         end = names[self.end]
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": END_OF_TEXT,
-                    "pad_token": END_OF_TEXT, "chat_template": self._jinja(), "nanoalign_template": self.template_name}
+                    "pad_token": END_OF_TEXT, "chat_template": self._jinja(), "nanoalign_template": self.template_name,
+                    "nanoalign_new_ids": self.new_ids}
         for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", settings),
                               ("generation_config.json", {"eos_token_id": self.end, "bos_token_id": self.end_of_text,
                                                           "pad_token_id": self.end_of_text})):
@@ -209,7 +211,8 @@ def _from_folder(folder, template):
     ranks = {_to_bytes(token): i for token, i in vocab.items() if token not in special}
     if any(bytes([b]) not in ranks for b in range(256)):
         raise UserError(f"{folder}: its vocabulary lacks single bytes, so it is not a byte-level BPE such as GPT-2's")
-    return Tokenizer(folder.name, ranks, special, pattern, template or settings.get("nanoalign_template") or "chat")
+    return Tokenizer(folder.name, ranks, special, pattern, template or settings.get("nanoalign_template") or "chat",
+                     settings.get("nanoalign_new_ids", ()))
 
 
 def _pattern_of(folder, tokenizer):

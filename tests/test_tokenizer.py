@@ -109,7 +109,10 @@ def test_folder_round_trip(tmp_path, template):
     tok.save(tmp_path)
     again = get_tokenizer(str(tmp_path))
     assert again.render(CHAT) == tok.render(CHAT) and again.vocab_size == tok.vocab_size
-    assert (again.end, again.template_name, again.new_ids) == (tok.end, template, [])
+    assert (again.end, again.template_name, again.new_ids) == (tok.end, template, tok.new_ids)
+    again.new_ids = []  # trained now
+    again.save(tmp_path)
+    assert get_tokenizer(str(tmp_path)).new_ids == []
 
 
 def test_merges_are_recovered_from_ranks():

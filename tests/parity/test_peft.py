@@ -34,8 +34,9 @@ def ours_on(base, targets, tokens, rslora):
 
 def theirs_on(base, targets, tokens, rslora):
     model = transformers.GPT2LMHeadModel.from_pretrained(base).eval()
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[targets], task_type="CAUSAL_LM", fan_in_fan_out=True,
-                             use_rslora=rslora, trainable_token_indices={"wte": tokens} if tokens else None)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[targets], task_type="CAUSAL_LM",
+                             fan_in_fan_out=True, use_rslora=rslora,
+                             trainable_token_indices={"wte": tokens} if tokens else None)
     return peft.get_peft_model(model, config).eval()
 
 
@@ -128,7 +129,7 @@ def test_an_adapter_of_the_model_without_a_head(base, tmp_path):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"use_dora": True}, "use_dora"), ({"rank_pattern": {"c_attn": 2}}, "rank_pattern"), ({"bias": "lora_only"}, "bias"),
+    ({"use_dora": True}, "use_dora"), ({"rank_pattern": {"c_attn": 2}}, "rank"), ({"bias": "lora_only"}, "bias"),
     ({"modules_to_save": ["ln_f"]}, "modules_to_save"), ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     ({"target_modules": ["c_attn", "wte"]}, "lora_embedding"),
 ])

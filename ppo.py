@@ -1,0 +1,289 @@
+"""Proximal policy optimization with a KL penalty: the model answers, a reward model marks, good answers become likelier.
+
+    maximise over pi   E_{x ~ prompts, y ~ pi} [ r(x, y) ]  -  beta KL( pi(y | x) || pi_ref(y | x) )
+
+(Ziegler et al. 2019; Ouyang et al. 2022, InstructGPT; PPO: Schulman et al. 2017, equation 7; advantages: Schulman et al.
+2016, equation 16.) Four models: the policy, its frozen reference (the SFT model), the reward model, and the value model,
+which starts from the reward model and predicts the reward still to come. Every iteration has four parts, in this order
+below: roll out, score, estimate advantages, update.
+
+    python ppo.py                          the island (whatever earlier stages are missing run first)
+    python ppo.py --beta 0 --out out/ppo-no-penalty      the same without the penalty: it learns to please the reward model
+    python ppo.py --data prompts.jsonl --init gpt2 --reward readability      your prompts, another reward
+"""
+import importlib
+import math
+import random
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+import lora
+import reward as reward_model
+import sft
+import trainer
+from data import files
+from data.island import Island
+from data.readability import readability
+from errors import UserError
+from flags import parse
+from model import GPT, generate, save_checkpoint, token_logps
+from quant import NF4Linear
+
+# Every (B, T) below has a column for each token but the first: column t belongs to token t + 1 of ids (B, T + 1), and mask
+# is 1 where that token is part of the response, its end token included.
+
+
+# ---- the equations ---------------------------------------------------------------------------------------------------
+
+def masked_mean(x, mask):
+    """Mean of x over mask == 1; 0 where the mask is empty."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def kl_rewards(scores, logps, ref_logps, mask, beta):
+    """A reward for every token: scores (B,), the rest (B, T) -> (B, T).
+
+    -beta (log pi - log pi_ref) on every response token: its mean over samples is -beta KL. The score is added on the last one.
+    """
+    last = mask * (mask.flip(1).cumsum(1).flip(1) == 1)  # (B, T): 1 on each row's last response token
+    return -beta * (logps - ref_logps) * mask + scores[:, None] * last
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalized advantage estimation, equation 16: (B, T) each -> advantages, returns; both 0 outside the mask.
+
+        delta_t = r_t + gamma V_{t+1} - V_t,      A_t = sum_k (gamma lam)^k delta_{t+k},      returns = A + V
+
+    values[:, t] is of the state before token t; after the last response token there is nothing more to come: V = 0.
+    """
+    values, advantages = values * mask, torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
+    for t in reversed(range(rewards.size(1))):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, advantages + values
+
+
+def whiten(x, mask):
+    """Masked mean 0 and masked variance 1, 0 outside the mask. Padding takes no part in either statistic."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def policy_loss(logps, old_logps, advantages, mask, clip=0.2):
+    """Clipped surrogate, equation 7: (B, T) each -> (loss, clipfrac), masked means.
+
+        -mean min( ratio A, clip(ratio, 1 - clip, 1 + clip) A ),     ratio = pi / pi_old
+
+    The smaller of the two: once the ratio has moved far enough in the direction that A asks for, the gradient is 0.
+    clipfrac: the share of tokens where that has happened.
+    """
+    ratio = torch.exp((logps - old_logps) * mask)  # 1 outside the mask, whatever stands there
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    loss = -masked_mean(torch.minimum(plain, clipped), mask)
+    return loss, masked_mean((clipped < plain).float(), mask)
+
+
+def value_loss(values, old_values, returns, mask, clip=0.2):
+    """0.5 * masked mean of the larger of two squared errors, with the values and with the values clipped to old_values +- clip."""
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (near - returns) ** 2), mask)
+
+
+def kl_k1(logps, ref_logps, mask):
+    """The KL of each whole response from one sample: sum_t log pi - log pi_ref -> (B,). Unbiased; may be negative."""
+    return ((logps - ref_logps) * mask).sum(1)
+
+
+def kl_k3(logps, ref_logps, mask):
+    """Mean KL per token by k3 = exp(-k1) - 1 + k1 (Schulman 2020): unbiased too, and never negative."""
+    k1 = (logps - ref_logps) * mask
+    return masked_mean(torch.exp(-k1) - 1 + k1, mask)
+
+
+def adapted_beta(beta, kl, target, n, horizon):
+    """Ziegler et al. 2019, section 2.2: beta (1 + clip(KL / target - 1, +-0.2) n / horizon), n responses later."""
+    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
+
+
+# ---- 1. roll out -----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def rollout(policy, tok, prompts, config, run, seed):
+    """Answers to prompts (lists of ids) -> ids (B, T + 1), mask (B, T), texts, and which of them ended (B,).
+
+    Sampled at config.temperature without top-k or top-p: the log-probabilities below are of the distribution that was sampled.
+    """
+    with run.autocast():
+        responses = generate(policy, prompts, config.max_new_tokens, config.temperature, stop=tok.end, seed=seed)
+    ids, mask = trainer.pad([(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, responses)], run.device)
+    ended = torch.tensor([r[-1] == tok.end for r in responses], device=run.device)
+    return ids, mask[:, 1:].float(), [tok.answer(r) for r in responses], ended
+
+
+# ---- 2. score --------------------------------------------------------------------------------------------------------
+
+def load_scorer(config, run, island):
+    """--reward -> a function from conversations, each ending with the answer, to a list of scores.
+
+    A reward-model folder or a weighted sum of several; readability; gold; or module:function of (prompt, response) texts.
+    """
+    spec = config.reward
+    if spec == "readability":
+        return lambda conversations: [reading_ease(c[-1]["content"]) for c in conversations]
+    if spec == "gold":
+        if island is None:
+            raise UserError("--reward gold is the island's judge: it cannot mark the answers to your own --data")
+        return lambda conversations: [island.gold(c[:-1], c[-1]["content"]) for c in conversations]
+    if ":" in spec:
+        return own_reward(spec)
+    return reward_model.load_rewards(spec, run)
+
+
+def reading_ease(text):
+    """Flesch reading ease / 100, within -1 and 1.2: a wordless answer gets -1, and no trick of punctuation more than 1.2."""
+    return min(max(readability(text)[0] / 100, -1.0), 1.2) if any(c.isalpha() for c in text) else -1.0
+
+
+def own_reward(spec):
+    module, _, name = spec.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--reward {spec}: {error}; give module:function, with the module in this folder or installed")
+
+    def scores(conversations):
+        marks = [function(c[-2]["content"], c[-1]["content"]) for c in conversations]
+        for mark in marks:
+            if not isinstance(mark, (int, float)) or not math.isfinite(mark):
+                raise UserError(f"--reward {spec} gave {mark!r}, but a score is a finite number")
+        return marks
+
+    return scores
+
+
+# ---- 3. estimate -----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def estimate(policy, reference, value, ids, mask, scores, beta, config, run):
+    """What the updates need, fixed before the first of them: old_logps, old_values, advantages, returns; and ref_logps."""
+    full = torch.cat([torch.zeros_like(mask[:, :1]), mask], dim=1)  # (B, T + 1), as token_logps has it
+    with run.autocast():
+        old_logps = token_logps(policy, ids, full, config.temperature)
+        with reference() as frozen:
+            ref_logps = token_logps(frozen, ids, full, config.temperature)
+        old_values = value.values(ids)[:, :-1].float() * mask
+    rewards = kl_rewards(scores, old_logps, ref_logps, mask, beta)
+    advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
+    return old_logps, ref_logps, old_values, whiten(advantages, mask), returns
+
+
+# ---- 4. update -------------------------------------------------------------------------------------------------------
+
+def update(policy, value, optimizers, ids, mask, fixed, text, step, config, run):
+    """config.ppo_epochs passes over the rollouts in minibatches -> {what is logged: its mean over the minibatches}."""
+    full = torch.cat([torch.zeros_like(mask[:, :1]), mask], dim=1)  # (B, T + 1)
+    old_logps, _, old_values, advantages, returns = fixed
+    order, logs = random.Random(f"{config.seed} {step}"), []
+    for _ in range(config.ppo_epochs):
+        rows = order.sample(range(len(ids)), len(ids))
+        for start in range(0, len(rows), config.minibatch):
+            part = torch.tensor(rows[start:start + config.minibatch], device=run.device)
+            width = int(mask[part].sum(0).nonzero().max()) + 2  # columns of ids in use: these rows may be shorter than others
+            i, m = ids[part, :width], mask[part, :width - 1]  # (b, width) and (b, width - 1)
+            now = [x[part, :width - 1] for x in (old_logps, old_values, advantages, returns)]
+            with run.autocast():
+                logps = token_logps(policy, i, full[part, :width], config.temperature)
+                values = value.values(i)[:, :-1].float()
+            loss, clipfrac = policy_loss(logps, now[0], now[2], m, config.clip_ratio)
+            v_loss = value_loss(values, now[1], now[3], m, config.clip_value)
+            if not logs:
+                check_ratio(logps, now[0], m, step, run)
+            (loss + v_loss).backward()  # two models, two optimizers: neither gradient touches the other's weights
+            if text is not None:
+                sft.mix_step(policy, text, step, config, run)
+            norms = [trainer.update(model, optimizer, config, run, step)["grad_norm"]
+                     for model, optimizer in zip((policy, value), optimizers)]
+            logs.append({"policy_loss": loss.item(), "value_loss": v_loss.item(), "clipfrac": clipfrac.item(),
+                         "approx_kl": kl_k3(logps.detach(), now[0], m).item(), "grad_norm": norms[0]})
+    return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
+
+
+def check_ratio(logps, old_logps, mask, step, run):
+    """Before the first update of a rollout policy and old policy are the same, so every ratio must be 1. If one is not, the two
+    forward passes differ (dropout left on, another temperature, another padding) and every later number is wrong."""
+    off = ((logps.detach() - old_logps) * mask).exp().sub(1).abs().max().item()
+    if off > (1e-5 if run.dtype == torch.float32 else 5e-2):  # bfloat16 rounds differently in batches of other sizes
+        run.print(f"step {step}: before the first update a ratio is {1 + off:.5f} and not 1: old and new log-probabilities differ")
+
+
+# ---- from start to end -----------------------------------------------------------------------------------------------
+
+@dataclass
+class Config(reward_model.RankedConfig):
+    data: str = ""  # a file with questions (any shape that `python data/files.py FILE --want prompts` reads); empty: the island
+    out: str = "out/ppo"  # folder for the checkpoint and log.jsonl
+    reward: str = "out/reward"  # a reward model's folder, 0.7*out/a+0.3*out/b, readability, gold, or module:function
+    beta: float = 0.2  # weight of the KL penalty
+    target_kl: float = 0.0  # adapts --beta to keep the KL of a response near this; 0: --beta stays
+    horizon: int = 3200  # responses over which --target-kl adapts
+    stop_kl: float = 0.0  # ends the run where the KL of a response is beyond this; 0: never
+    steps: int = 50  # iterations: roll out, score, update
+    batch_size: int = 64  # responses in an iteration
+    minibatch: int = 32  # responses in an update
+    ppo_epochs: int = 2  # passes over an iteration's responses
+    max_new_tokens: int = 32  # longest response
+    temperature: float = 1.0  # of the sampling, and of the log-probabilities
+    missing_eos_score: float = -1.0  # the score of a response without an end token, in place of the model's
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # lambda of the advantages: 1 trusts the rewards, 0 the value model
+    clip_ratio: float = 0.2  # how far the policy may move for one token within an iteration
+    clip_value: float = 0.2  # the same for a value
+    lr: float = 2e-4  # highest learning rate, of policy and value model
+    warmup: int = 0  # steps in which the learning rate rises from 0
+    schedule: str = "constant"  # cosine, linear or constant
+    weight_decay: float = 0.0  # AdamW: on matrices only
+    mix: float = 0.0  # PPO-ptx: weight of the loss on plain text in each update
+    mix_data: str = ""  # plain text for --mix; empty: the island's, where --data is empty too
+    mix_rows: int = 4  # contexts of plain text in each update
+    sample_every: int = 10  # steps between printed responses
+
+
+def load_prompts(config, tok, block_size, say):
+    """-> conversations that end with a question and leave room for an answer, their ids, and the island where they are its own."""
+    if config.data:
+        rows, report = files.load(config.data, "prompts", merge_system=config.merge_system)
+        say(report)
+        island = None
+    else:
+        island = Island()
+        rows = island.prompts(config.n_ranked)
+    questions = [row["prompt"] for row in rows]
+    ids = [tok.render_prompt(question) for question in questions]
+    kept = [i for i, row in enumerate(ids) if len(row) + config.max_new_tokens <= block_size]
+    if len(kept) < len(ids):
+        say(f"{len(ids) - len(kept):,} of {len(ids):,} questions dropped: with {config.max_new_tokens} new tokens they are longer "
+            f"than the context of {block_size}")
+    if not kept:
+        raise UserError(f"no question leaves room for --max-new-tokens {config.max_new_tokens} in a context of {block_size}: lower it")
+    return [questions[i] for i in kept], [ids[i] for i in kept], island
+
+
+def load_models(config, run):
+    """-> tokenizer, policy, reference (called, gives the frozen model within `with`), and value model."""
+    policy, tok = reward_model.load_start(config, run)
+    if config.lora_r:  # one set of base weights is both: without its adapters the policy is the SFT model
+        reference = lambda: lora.lora_off(policy)
+    else:
+        frozen = GPT.from_pretrained(config.init)
+        frozen.resize_vocab(tok.vocab_size)
+        frozen.to(run.device).eval().requires_grad_(False)
+        reference = lambda: nullcontext(frozen)
+    value = start_value_model(policy, config, run)
+    return tok, policy.eval(), reference, value.eval()  # eval: dropout off everywhere, or the ratio would not start at 1
