@@ -1,22 +1,39 @@
 """Speed and memory of this project, beside its peers where they are installed, in one table from one run.
 
+    python bench.py sft        fine-tuning: whole optimizer steps, from rows of ids to new weights (beside TRL's SFTTrainer)
+    python bench.py generate   greedy answers to ragged prompts (beside transformers' generate)
     python bench.py nf4        4-bit weights: quantize, dequantize, what a frozen layer keeps (beside bitsandbytes)
+
+    python bench.py sft --shape tiny --data my.jsonl --tokenizer gpt2     your rows, GPT-2's tokens, the tiny shape only
 
 Timings on a shared machine drift. So the candidates take turns in each round, a ratio is formed within its round, and
 what is printed is the median ratio with the smallest and the largest. Memory is the peak of a process of its own.
 """
 import argparse
+import functools
+import importlib.util
+import itertools
+import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+import model as base
 import quant
+import sft
+import trainer
+from data import files
+from data.island import Island
+from data.tokenizer import get_tokenizer
 from errors import UserError
+from flags import TrainConfig
 
 # ---- measuring, the same for every command ---------------------------------------------------------------------------
 
@@ -27,16 +44,20 @@ def synchronize():
 
 
 def interleaved(candidates, rounds):
-    """{name: function} -> {name: [seconds per round]}. One warm-up round; then each function once a round, in turn."""
+    """{name: function} -> {name: [seconds per round]}. One warm-up round; then each function once a round, in turn.
+
+    A function that returns a float has measured itself: a peer's trainer sets much up anew in every call, which is no
+    part of a step.
+    """
     seconds = {name: [] for name in candidates}
     for round_ in range(-1, rounds):
         for name, function in candidates.items():
             synchronize()
             start = time.perf_counter()
-            function()
+            own = function()
             synchronize()
             if round_ >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(own if isinstance(own, float) else time.perf_counter() - start)
     return seconds
 
 
@@ -47,22 +68,31 @@ def ratio(seconds, reference):
 
 
 PEAK = """
-for line in open("/proc/self/status"):
-    if line.startswith("VmHWM"):
-        print(line.split()[1])
+import torch
+if {cuda}:
+    print(torch.cuda.max_memory_allocated() // 1024)
+else:
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM"):
+            print(line.split()[1])
 """
 
 
-def peak_memory(code):
-    """Python source -> the largest resident memory, in MB, of a fresh process that runs it; None where that is unknown.
+def peak_memory(setup, work="", cuda=False):
+    """Python source -> the most memory, in MB, that a fresh process has held after `setup`, and after `setup` and `work`;
+    None where that is unknown. Resident memory, or with cuda what torch has allocated on the GPU.
 
     Not resource.getrusage: on Linux a child begins with its parent's peak.
     """
-    if not Path("/proc/self/status").exists():
+    if not cuda and not Path("/proc/self/status").exists():
         return None
-    out = subprocess.run([sys.executable, "-c", code + PEAK], cwd=Path(__file__).parent, check=True,
+    peak = PEAK.format(cuda=cuda)
+    out = subprocess.run([sys.executable, "-c", "\n".join([setup, peak, work, peak])], cwd=Path(__file__).parent,
                          capture_output=True, text=True)
-    return int(out.stdout.split()[-1]) / 1024
+    if out.returncode:  # its own error says more than the exit status
+        raise RuntimeError(out.stderr)
+    lines = [line for line in out.stdout.splitlines() if line.isdigit()]
+    return int(lines[0]) / 1024, int(lines[-1]) / 1024
 
 
 def table(header, rows):
@@ -85,6 +115,197 @@ def machine():
                 name = line.split(": ")[1]
         device = f"{name}, {torch.get_num_threads()} threads"
     return f"{device}; torch {torch.__version__}; Python {platform.python_version()}; {platform.system()}"
+
+
+# ---- python bench.py sft, generate: this project and a peer on the same folder ---------------------------------------
+#
+# A candidate is a function of a folder that reads the weights, the rows and the settings there and returns what is timed.
+# The same function runs here, in turn with the others, and in a process of its own, where its memory is measured.
+
+SHAPES = {"small": dict(n_layer=12, n_head=12, n_embd=768),  # GPT-2 small
+          "tiny": dict(n_layer=4, n_head=4, n_embd=128)}
+CONTEXT, VOCABULARY = 1024, 50257  # GPT-2's, for both shapes
+
+
+def read_rows(args, n):
+    """-> a tokenizer and n examples (ids, mask): of --data, or of the island."""
+    tok = get_tokenizer(args.tokenizer or ("gpt2" if args.data else "tiny"))
+    rows = files.load(args.data, "sft")[0] if args.data else Island().conversations(max(n, 600))
+    examples = sft.make_examples(rows, tok, CONTEXT)
+    if len(examples) < n:
+        raise UserError(f"{args.data} has {len(examples)} rows, but {n} are needed: give a smaller --batch-size or --steps")
+    return tok, random.Random(0).sample(examples, n)
+
+
+def write_folder(folder, shape, tok, args, **inputs):
+    """What all candidates read: a random GPT-2 and its tokenizer as a Hugging Face folder, and bench.json beside them."""
+    torch.manual_seed(0)
+    config = base.GPTConfig(CONTEXT, max(VOCABULARY, tok.vocab_size), **SHAPES[shape])
+    base.GPT(config).save_pretrained(folder)
+    tok.save(folder)
+    inputs["run"] = {"device": args.device, "dtype": args.dtype}
+    Path(folder, "bench.json").write_text(json.dumps(inputs))
+
+
+def read_folder(folder):
+    """-> bench.json, and device and dtype as every training script chooses them."""
+    inputs = json.loads(Path(folder, "bench.json").read_text())
+    return inputs, trainer.start(TrainConfig(**inputs["run"]))
+
+
+def compare(args, tok, title, tokens, candidates, **inputs):
+    """One table for each shape. candidates: {name: function of the folder}, this project's first; tokens: how many real
+    ones a call handles."""
+    run = trainer.start(TrainConfig(device=args.device, dtype=args.dtype))
+    for shape in [args.shape] if args.shape else SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            write_folder(folder, shape, tok, args, **inputs)
+            seconds = interleaved({name: build(folder) for name, build in candidates.items()}, args.rounds)
+            rows = []
+            for name, build in candidates.items():
+                memory = peak_memory(f"import bench\ncall = bench.{build.__name__}({folder!r})", "call()",
+                                     cuda=run.device.type == "cuda")
+                ours = next(iter(seconds.values()))
+                rows.append([name, f"{tokens / statistics.median(seconds[name]):,.0f}",
+                             "" if seconds[name] is ours else ratio(ours, seconds[name]),
+                             *(f"{mb:,.0f}" for mb in memory or ())])
+        header = [f"{shape}, {str(run.dtype).removeprefix('torch.')}: {title}", "tokens/s",
+                  f"this project is ... times as fast (range over {args.rounds} rounds)", "MB before", "peak MB"]
+        table(header[:len(rows[0])], rows)
+
+
+def installed(package, candidates):
+    """The peer's candidates, or none and a line that says so."""
+    if importlib.util.find_spec(package):
+        return candidates
+    print(f"{package} is not installed, so this project stands alone (pip install -r requirements-peers.txt)\n")
+    return {}
+
+
+def our_sft(folder):
+    """-> a function that trains for one epoch, with the parts that sft.py's loop is made of."""
+    inputs, run = read_folder(folder)
+    config = sft.Config(init=folder, lr=1e-5, warmup=0, schedule="constant", batch_size=inputs["batch_size"])
+    model, _ = sft.load_init(config, run)
+    optimizer = trainer.adamw(model, config)
+    examples = inputs["examples"]
+    batches = trainer.Batches([len(ids) for ids, _ in examples], config.batch_size, config.seed)
+    steps = itertools.count()  # goes on from call to call, so every epoch has an order of its own
+
+    def epoch():
+        for step in itertools.islice(steps, len(batches)):
+            trainer.begin_step(step, step + 1, optimizer, config, run)
+            rows = [examples[i] for i in batches[step]]
+            n = sum(sum(mask[1:]) for _, mask in rows)
+            for ids, mask in trainer.micro_batches(rows, config.micro_tokens, run.device):
+                with run.autocast():
+                    loss = sft.sft_loss(model, ids, mask, n)
+                loss.backward()
+                loss.item()  # what the log needs
+            trainer.update(model, optimizer, config, run, step)
+
+    return epoch
+
+
+def trl_sft(folder, **settings):
+    """The same with TRL as it comes: its defaults where they do not change what is learned. The rows are given as ids and
+    completion mask, what TRL makes of prompt and completion itself, so that both train on the same tokens."""
+    import datasets
+    import transformers
+    import trl
+    quiet(transformers, datasets)
+    inputs, run = read_folder(folder)
+    ids, masks = zip(*inputs["examples"])
+    clock = {}
+
+    class Clock(transformers.TrainerCallback):  # from the epoch's first batch to its last step: whole steps, no set-up
+        def on_epoch_begin(self, *_, **__):
+            clock["start"] = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            synchronize()
+            clock["end"] = time.perf_counter()
+
+    peer = trl.SFTTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        train_dataset=datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks}),
+        callbacks=[Clock()],
+        args=trl.SFTConfig(
+            output_dir=folder, num_train_epochs=1, per_device_train_batch_size=inputs["batch_size"],
+            completion_only_loss=True, learning_rate=1e-5, lr_scheduler_type="constant", max_length=CONTEXT,
+            bf16=run.dtype == torch.bfloat16, use_cpu=run.device.type == "cpu",
+            dataloader_pin_memory=run.device.type == "cuda", disable_tqdm=True, report_to="none", logging_strategy="no",
+            save_strategy="no", **settings))
+    peer.remove_callback(transformers.PrinterCallback)
+
+    def epoch():
+        peer.train()
+        return clock["end"] - clock["start"]
+
+    return epoch
+
+
+def trl_sft_tuned(folder):
+    """TRL with the two settings that make it faster here and change no result."""
+    return trl_sft(folder, gradient_checkpointing=False, train_sampling_strategy="group_by_length")
+
+
+def quiet(transformers, datasets=None):
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if datasets:
+        datasets.disable_progress_bars()
+
+
+def bench_sft(args):
+    """An epoch over a few batches. Real tokens are prompt and answer, without padding; each candidate pads as it likes."""
+    batch_size = args.batch_size or 8
+    tok, examples = read_rows(args, batch_size * args.steps)
+    compare(args, tok, f"SFT, batch {batch_size}", sum(len(ids) for ids, _ in examples), {
+        "this project": our_sft,
+        **installed("trl", {"TRL, tuned": trl_sft_tuned, "TRL, defaults": trl_sft})},
+        examples=examples, batch_size=batch_size)
+
+
+def our_generate(folder):
+    inputs, run = read_folder(folder)
+    model = base.GPT.from_pretrained(folder).to(run.device)
+
+    def answers():
+        with run.autocast():
+            return base.generate(model, inputs["prompts"], inputs["new_tokens"], temperature=0.0)
+
+    return answers
+
+
+def transformers_generate(folder):
+    """Prompts padded on the left, as transformers wants them; weights in the dtype of the run."""
+    import transformers
+    quiet(transformers)
+    inputs, run = read_folder(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype).to(run.device).eval()
+    model.generation_config = transformers.GenerationConfig(  # no end token: both candidates write as many tokens
+        do_sample=False, max_new_tokens=inputs["new_tokens"], pad_token_id=0)
+    T = max(map(len, inputs["prompts"]))
+    ids, real = (torch.tensor([[0] * (T - len(row)) + row for row in rows], device=run.device)  # (B, T)
+                 for rows in (inputs["prompts"], [[1] * len(prompt) for prompt in inputs["prompts"]]))
+
+    def answers():
+        return model.generate(ids, attention_mask=real)[:, T:].tolist()
+
+    return answers
+
+
+def bench_generate(args):
+    """Greedy, no end token, so that everybody writes the same number of tokens. Real tokens are the new ones."""
+    batch_size = args.batch_size or 16
+    tok, examples = read_rows(args, batch_size)
+    prompts = [ids[:mask.index(1)] for ids, mask in examples]
+    compare(args, tok, f"generate {args.new_tokens} tokens, batch {batch_size}", batch_size * args.new_tokens, {
+        "this project": our_generate,
+        **installed("transformers", {"transformers": transformers_generate})},
+        prompts=prompts, new_tokens=args.new_tokens)
 
 
 # ---- python bench.py nf4 ---------------------------------------------------------------------------------------------
@@ -152,39 +373,50 @@ def nf4_candidates(weight):
     return operations
 
 
-def nf4(rounds):
+def bench_nf4(args):
     """A 4096 x 4096 matrix, block 64; then what a stack of frozen layers needs for a forward and a backward pass."""
     weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
     weight = weight.cuda() if torch.cuda.is_available() else weight
     rows = []
     for operation, candidates in nf4_candidates(weight).items():
-        seconds = interleaved(candidates, rounds)
+        seconds = interleaved(candidates, args.rounds)
         reference = list(candidates)[-1]
         for name, times in seconds.items():
             speed = f"{weight.numel() / statistics.median(times) / 1e9:.3f}"
             rows.append([operation, name, speed, ratio(times, seconds[reference]) if name != reference else "1"])
-    table(["4096 x 4096, block 64", "", "G elements/s", f"times {reference} (range over {rounds} rounds)"], rows)
+    table(["4096 x 4096, block 64", "", "G elements/s", f"times {reference} (range over {args.rounds} rounds)"], rows)
 
     stacks = {"nothing but the imports": "", "16 frozen nn.Linear(2048, 2048)": LAYERS.format(
         layer="torch.nn.Linear(2048, 2048).requires_grad_(False)"), "the same as NF4Linear": LAYERS.format(
         layer="quant.NF4Linear(torch.nn.Linear(2048, 2048))")}
-    peaks = {name: peak_memory(code or "import torch, quant") for name, code in stacks.items()}
+    peaks = {name: peak_memory("import torch, quant", code) for name, code in stacks.items()}
     if None not in peaks.values():
-        table(["forward and backward, on the CPU", "peak MB"], [[name, f"{peak:.0f}"] for name, peak in peaks.items()])
+        table(["forward and backward, on the CPU", "peak MB"], [[name, f"{peak:.0f}"] for name, (_, peak) in peaks.items()])
 
 
-COMMANDS = {"nf4": nf4}
+COMMANDS = {"sft": bench_sft, "generate": bench_generate, "nf4": bench_nf4}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS, help="what to measure")
-    parser.add_argument("--rounds", type=int, default=9, help="times that each candidate runs (default 9)")
-    args = parser.parse_args()
-    if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds}: it must be at least 1")
+    number = functools.partial(parser.add_argument, type=int)
+    number("--rounds", default=5, help="times that each candidate runs (default 5)")
+    number("--batch-size", default=0, help="rows at a time; 0: 8 for training, 16 for generation")
+    number("--steps", default=8, help="optimizer steps in one round of sft (default 8)")
+    number("--new-tokens", default=64, help="tokens that generate adds to each prompt (default 64)")
+    parser.add_argument("--shape", choices=SHAPES, help="small: GPT-2 small, tiny: 4 layers of width 128; default: both")
+    parser.add_argument("--data", default="", help="your conversations, as for sft.py; empty: the island's")
+    parser.add_argument("--tokenizer", default="", help="as for sft.py; empty: gpt2 with --data, else tiny")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: the first there is")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                        help="auto: bfloat16 where the hardware is fast at it")
+    args = parser.parse_args(argv)
+    for name, least in {"rounds": 1, "batch_size": 0, "steps": 1, "new_tokens": 1}.items():
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
     print(machine() + "\n")
-    COMMANDS[args.command](args.rounds)
+    COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":

@@ -389,11 +389,16 @@ def save_checkpoint(config, run, step, steps, model, tok, optimizer):
     comes first: a folder with a state beside it is known to be unfinished."""
     trainer.save_state(config, run, step, steps, model, optimizer)
     if run.rank == 0:
-        if lora.is_adapted(model):
-            lora.save_adapter(model, config.out, config.init)
-        else:
-            model.save_pretrained(config.out)
-        tok.save(config.out)
+        save_model(config, model, tok)
+
+
+def save_model(config, model, tok):
+    """The folder alone: of the whole model, or of its adapter with the name of its base."""
+    if lora.is_adapted(model):
+        lora.save_adapter(model, config.out, config.init)
+    else:
+        model.save_pretrained(config.out)
+    tok.save(config.out)
 
 
 @dataclass

@@ -27,10 +27,12 @@ import trainer
 from data import files
 from data.island import Island
 from data.readability import readability
+from data.tokenizer import get_tokenizer
 from errors import UserError
 from flags import parse
-from model import GPT, generate, save_checkpoint, token_logps
+from model import GPT, generate, save_model, token_logps
 from quant import NF4Linear
+from reward import RewardModel
 
 # Every (B, T) below has a column for each token but the first: column t belongs to token t + 1 of ids (B, T + 1), and mask
 # is 1 where that token is part of the response, its end token included.
@@ -285,5 +287,87 @@ def load_models(config, run):
         frozen.resize_vocab(tok.vocab_size)
         frozen.to(run.device).eval().requires_grad_(False)
         reference = lambda: nullcontext(frozen)
-    value = start_value_model(policy, config, run)
+    value = start_value_model(policy, tok, config, run)
     return tok, policy.eval(), reference, value.eval()  # eval: dropout off everywhere, or the ratio would not start at 1
+
+
+def start_value_model(policy, tok, config, run):
+    """The reward model again, to be trained: it already knows good answers from bad. Where the reward is not one model's
+    folder, or reads other tokens, the SFT model with a fresh head."""
+    if trainer.is_finished(config.reward) and get_tokenizer(config.reward).special == tok.special:
+        value = RewardModel.from_pretrained(config.reward)
+    else:
+        value = RewardModel(GPT.from_pretrained(config.init))
+        nn.init.zeros_(value.head.weight)  # it expects nothing until it has seen rewards
+    value.gpt.resize_vocab(tok.vocab_size)
+    if config.nf4:
+        value.gpt.replace_linear(NF4Linear)
+    if config.lora_r:
+        lora.add_lora(value.gpt, config.lora_r, config.lora_alpha, 0.0, config.lora_targets)
+    return value.to(run.device)
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect value model, 0 one that knows only the mean."""
+    variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    return (1 - variance(returns - values) / variance(returns).clamp(min=1e-8)).item()
+
+
+def main(config):
+    run = trainer.start(config)
+    if run.world > 1:
+        raise UserError("ppo.py runs in one process: start it without torchrun")
+    tok, policy, reference, value = load_models(config, run)
+    questions, prompts, island = load_prompts(config, tok, policy.config.block_size, run.print)
+    scorer = load_scorer(config, run, island)
+    text = sft.load_mix(config, tok, run.print) if config.mix else None
+    batches = trainer.Batches([len(p) for p in prompts], config.batch_size, config.seed)
+    adaptive = {"beta": config.beta}
+    run.print(f"{len(prompts):,} questions, {config.steps} iterations of {config.batch_size} responses, beta {config.beta:g}")
+
+    optimizers = [trainer.adamw(model, config) for model in (policy, value)]
+    both = nn.ModuleDict({"policy": policy, "value": value})
+    first = trainer.load_state(config, run, config.steps, both, *optimizers, extra=adaptive)
+    log = trainer.Log(config, run, first, config.steps)
+
+    def save(step):
+        trainer.save_state(config, run, step, config.steps, both, *optimizers, extra=adaptive)
+        save_model(config, policy, tok)
+
+    for step in log.steps():
+        for optimizer in optimizers:
+            trainer.begin_step(step, config.steps, optimizer, config, run)
+        rows = batches[step]
+        clock = trainer.Clock(run)
+        ids, mask, answers, ended = rollout(policy, tok, [prompts[i] for i in rows], config, run, seed=config.seed * 1_000_003 + step)
+        clock.lap("rollout")
+        asked = [questions[i] + [{"role": "assistant", "content": answer}] for i, answer in zip(rows, answers)]
+        scores = torch.tensor(scorer(asked), device=run.device)
+        scores = torch.where(ended, scores, config.missing_eos_score)  # it must learn to stop
+        fixed = estimate(policy, reference, value, ids, mask, scores, adaptive["beta"], config, run)
+        clock.lap("scoring")
+        updates = update(policy, value, optimizers, ids, mask, fixed, text, step, config, run)
+        clock.lap("update")
+        kl = measure(log, step, asked, mask, scores, ended, fixed, updates, adaptive, island, clock)
+        if config.target_kl:
+            adaptive["beta"] = adapted_beta(adaptive["beta"], kl, config.target_kl, len(rows), config.horizon)
+        if log.due(step, config.sample_every):
+            log.print("\n".join(f"   {c[-2]['content']!r} -> {c[-1]['content']!r}  score {s:.2f}" for c, s in zip(asked[:4], scores)))
+        if log.due(step, config.save_every):
+            save(step + 1)
+        if config.stop_kl and kl > config.stop_kl:
+            log.print(f"step {step}: the KL of a response is {kl:.1f}, beyond --stop-kl {config.stop_kl:g}, so the run ends here")
+            break
+    trainer.finish(config, run, log, lambda: save(log.next))
+    report(policy, tok, scorer, island, config, run)
+
+
+def measure(log, step, asked, mask, scores, ended, fixed, updates, adaptive, island, clock):
+    """Writes the iteration's numbers to the log -> the mean KL of a response (k1)."""
+    old_logps, ref_logps, old_values, _, returns = fixed
+    kl = kl_k1(old_logps, ref_logps, mask).mean().item()
+    gold = {"gold": sum(island.gold(c[:-1], c[-1]["content"]) for c in asked) / len(asked)} if island else {}
+    log.write(step, score=scores.mean().item(), **gold, kl=kl, k3=kl_k3(old_logps, ref_logps, mask).item(),
+              entropy=-masked_mean(old_logps, mask).item(), length=mask.sum(1).mean().item(), ended=ended.float().mean().item(),
+              explained_variance=explained_variance(old_values, returns, mask), beta=adaptive["beta"], **updates, **clock.laps)
+    return kl

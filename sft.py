@@ -207,7 +207,7 @@ def main(config):
     train, held = (make_examples(rows, tok, longest, run.print) for rows in (train_rows, held_rows))
     text = load_mix(config, tok, run.print)
     batches = trainer.Batches([len(ids) for ids, _ in train], config.batch_size, config.seed)
-    steps = config.steps or math.ceil(config.epochs * len(batches)) or (250 if island else 3 * len(batches))
+    steps = config.steps or math.ceil(config.epochs * len(batches)) or (350 if island else 3 * len(batches))
     config.lr = config.lr or default_lr(config, model.config.n_embd)
     run.print(f"{len(train):,} conversations, {steps} steps of {config.batch_size}, lr {config.lr:.2g}; "
               f"held-out loss before: {evaluate(model, held, run, config.micro_tokens):.3f}")

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import signal
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,6 +277,19 @@ def finish(config, run, log, save):
         raise UserError(f"stopped before step {log.next} of {log.total}; saved in {config.out}: --resume goes on from there")
     if run.rank == 0:
         (Path(config.out) / STATE).unlink(missing_ok=True)
+
+
+class Clock:
+    """Where the time of a step goes: clock.lap("rollout") ends a part; clock.laps is {"rollout_s": seconds, ...}."""
+
+    def __init__(self, run):
+        self.run, self.laps, self.last = run, {}, time.perf_counter()
+
+    def lap(self, name):
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize()  # kernels are only queued when a call returns
+        now = time.perf_counter()
+        self.laps[f"{name}_s"], self.last = now - self.last, now
 
 
 # ---- log -------------------------------------------------------------------------------------------------------------
