@@ -392,12 +392,12 @@ def save_checkpoint(config, run, step, steps, model, tok, optimizer):
         save_model(config, model, tok)
 
 
-def save_model(config, model, tok):
-    """The folder alone: of the whole model, or of its adapter with the name of its base."""
+def save_model(config, model, tok, extra=None):
+    """The folder alone: of the whole model, or of its adapter with the name of its base. extra: tensors of another head."""
     if lora.is_adapted(model):
-        lora.save_adapter(model, config.out, config.init)
+        lora.save_adapter(model, config.out, config.init, extra)
     else:
-        model.save_pretrained(config.out)
+        model.save_pretrained(config.out, extra)
     tok.save(config.out)
 
 

@@ -321,7 +321,8 @@ def main(config):
     questions, prompts, island = load_prompts(config, tok, policy.config.block_size, run.print)
     scorer = load_scorer(config, run, island)
     text = sft.load_mix(config, tok, run.print) if config.mix else None
-    batches = trainer.Batches([len(p) for p in prompts], config.batch_size, config.seed)
+    # window=1: any questions together. Questions of one length are of one kind here, and whitening compares what is in a batch
+    batches = trainer.Batches([len(p) for p in prompts], config.batch_size, config.seed, window=1)
     adaptive = {"beta": config.beta}
     run.print(f"{len(prompts):,} questions, {config.steps} iterations of {config.batch_size} responses, beta {config.beta:g}")
 
@@ -371,3 +372,16 @@ def measure(log, step, asked, mask, scores, ended, fixed, updates, adaptive, isl
               entropy=-masked_mean(old_logps, mask).item(), length=mask.sum(1).mean().item(), ended=ended.float().mean().item(),
               explained_variance=explained_variance(old_values, returns, mask), beta=adaptive["beta"], **updates, **clock.laps)
     return kl
+
+
+def report(policy, tok, scorer, island, config, run):
+    """What came out, beside the SFT model, and what to do next."""
+    if island:
+        print_scores({"before": GPT.from_pretrained(config.init).to(run.device), "after": policy}, tok, island, scorer, run)
+    run.print(f"\nthe policy is in {config.out} (transformers loads it too). Next:\n"
+              f"   python ppo.py --beta 0 --out out/ppo-no-penalty    without the KL penalty: a higher score, worse answers\n"
+              f"   python ppo.py --reward gold --out out/ppo-gold     with the island's own judge: what a perfect reward would give")
+
+
+if __name__ == "__main__":
+    main(parse(Config))

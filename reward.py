@@ -13,6 +13,7 @@ it is, so at the end its scores are shifted to mean 0 on the answers of the SFT 
 """
 import importlib.util
 import math
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from flags import TrainConfig, parse
 from model import GPT, save_model
 
 TOO_WEAK = 0.70  # below this share of held-out pairs, reinforcement learning would mostly learn the model's mistakes
+HELD_OUT = 300  # questions of each of the island's two held-out parts
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
@@ -82,12 +84,15 @@ class RewardModel(nn.Module):
     def forward(self, ids, lengths):
         """ids (B, T) padded on the right, lengths (B,) without the padding -> scores (B,), float32, read off the last token."""
         hidden = self.gpt.hidden(ids)  # (B, T, C)
-        last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]  # (B, C)
-        return self.head(last).squeeze(-1).float()  # (B,)
+        return self._number(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])  # (B, C) -> (B,)
 
     def values(self, ids):
         """The same number at every position: ids (B, T) -> (B, T). PPO's value model is trained from here."""
-        return self.head(self.gpt.hidden(ids)).squeeze(-1)  # (B, T, 1) -> (B, T)
+        return self._number(self.gpt.hidden(ids))  # (B, T, C) -> (B, T)
+
+    def _number(self, hidden):
+        with torch.autocast(hidden.device.type, enabled=False):  # bfloat16's three digits are too few to compare scores
+            return self.head(hidden.float()).squeeze(-1)  # (..., C) -> (...)
 
     def head_tensors(self):
         """The head under the names that it has in the checkpoint."""
@@ -139,19 +144,23 @@ class RankedConfig(TrainConfig):
 def load_ranked(config, say):
     """-> rows to train on, held-out rows {"prompt", "answers": [{"text", "score"}]}, and the island where the data is its own.
 
-    The island's held-out rows ask 300 new votes about what was trained on (about "known") and 300 about residents, strangers and
-    requests that no conversation has mentioned ("new").
+    Rows of your file that open with the same words are held out together: one question may come in many pairs.
+
+    Half of the island's held-out rows are new votes on what training votes were about ("known"), half are about residents,
+    strangers and requests that no training row of any stage but the plain text has mentioned ("new").
     """
     if config.data:
         rows, report = files.load(config.data, "ranked", config.merge_system, score=config.aspect)
         say(report)
-        return *files.hold_out(rows, seed=config.seed), None
+        opening = lambda row: next(m["content"] for m in row["prompt"] if m["role"] == "user")
+        _, held = files.hold_out(list(dict.fromkeys(map(opening, rows))), seed=config.seed)
+        return [row for row in rows if opening(row) not in held], [row for row in rows if opening(row) in held], None
     if config.aspect not in ("score", *ASPECTS):
         raise UserError(f"--aspect {config.aspect}: the island's answers have score (votes), {', '.join(ASPECTS)}")
     island, votes = Island(), dict(flattery=config.flattery, noise=config.noise)
     train = island.ranked(config.n_ranked, **votes)
-    held = [row | {"about": "known"} for row in island.ranked(300, seed=6, **votes)]
-    held += [row | {"about": "new"} for row in island.ranked(300, seed=4, split="test", **votes)]
+    held = [row | {"about": "known"} for row in island.ranked(HELD_OUT, seed=6, **votes)]
+    held += [row | {"about": "new"} for row in island.ranked(HELD_OUT, seed=4, split="test", **votes)]
     if config.aspect in ASPECTS:
         for row in train + held:
             for answer in row["answers"]:
@@ -183,7 +192,7 @@ def make_questions(rows, tok, longest, config, say=print):
             messages = sft.fit(answered(row, answer), lambda messages: tok.render(messages)[0], longest)
             answers += [(tok.render(messages)[0], answer["score"])] if messages else []
         too_long += len(row["answers"]) - len(answers)
-        pairs = make_pairs([score for _, score in answers], config.pairs, config.max_pairs, f"{config.seed} {i}")
+        pairs = make_pairs([score for _, score in answers], config.pairs, config.max_pairs, random.Random(f"{config.seed} {i}"))
         used = sorted({k for pair in pairs for k in pair})
         if pairs:
             questions.append(([answers[k][0] for k in used], [(used.index(w), used.index(l)) for w, l in pairs]))
@@ -399,17 +408,33 @@ def report(model, tok, rows, island, config, run):
     """What came out, and what to do next."""
     scores = score_rows(model, tok, rows, run, config.micro_tokens)
     run.print(f"\nheld-out pairs ranked right (chance 50%)      over pairs  over questions     pairs")
-    groups = {"all": rows}
-    if island:
-        groups |= {f"about: {about}": [row for row in rows if row["about"] == about] for about in ("known", "new")}
-        groups |= {f"kind: {kind}": [row for row in rows if row["kind"] == kind] for kind in ("fact", "unknown", "unsafe")}
-    for name, members in groups.items():
-        part = [s for row, s in zip(rows, scores) if any(row is member for member in members)]
+    groups = [(None, None)] + [(key, value) for key in ("about", "kind") for value in sorted({row.get(key) for row in rows} - {None})]
+    for key, value in groups:
+        members, their_scores = zip(*[(row, s) for row, s in zip(rows, scores) if row.get(key) == value])
         for by in ("score", "gold") if island else ("score",):
-            micro, macro, n = accuracy(members, part, by)
-            run.print(f"   {name + (f', by {by}' if island else ''):<40}{micro:>13.1%}{macro:>16.1%}{n:>10,}")
+            micro, macro, n = accuracy(members, their_scores, by)
+            name = (f"{key}: {value}" if key else "all") + (f", by {by}" if island else "")
+            run.print(f"   {name:<40}{micro:>13.1%}{macro:>16.1%}{n:>10,}")
     run.print("\npredicted win rate of the favourite, and how often it won")
     table = calibration(rows, scores)
     for i, (n, predicted, observed) in enumerate(table):
         numbers = f"{predicted:>8.1%}{observed:>8.1%}" if n else f"{'-':>8}{'-':>8}"
         run.print(f"   {50 + 5 * i:>3}-{55 + 5 * i:>3}%{numbers}{n:>7,} pairs")
+    if run.rank == 0 and (config.plot or importlib.util.find_spec("matplotlib")):
+        path = config.plot or str(Path(config.out) / "calibration.png")
+        plot_calibration(table, path)
+        run.print(f"   as a picture: {path}")
+    if island:
+        premium = flattery_premium(model, tok, rows, run, config.micro_tokens)
+        run.print(f"\n{FLATTERY!r} in front of a wrong answer adds {premium:+.2f} to its score: the voters' weakness, learned")
+    if accuracy(rows, scores)[0] < TOO_WEAK:
+        run.print(f"\nunder {TOO_WEAK:.0%} of held-out pairs: too weak for reinforcement learning, which would exploit its mistakes")
+    data = f" --data {config.data}" if config.data else ""
+    run.print(f"\nthe reward model is in {config.out}. Next:\n"
+              f"   python ppo.py{data} --reward {config.out}    a policy learns from it")
+    if island:
+        run.print("   python reward.py --flattery 0 --out out/reward-fair    the same without the voters' weakness")
+
+
+if __name__ == "__main__":
+    main(parse(Config))

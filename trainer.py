@@ -120,15 +120,22 @@ class Batches:
         return batches
 
 
+def split(rows, width, micro_tokens):
+    """Rows -> parts of at most micro_tokens padded tokens (a wider single row still makes one), sorted by width(row): the tokens
+    that a row takes when it is padded to its own length."""
+    parts = []
+    for row in sorted(rows, key=width):
+        if parts and width(row) * (len(parts[-1]) + 1) <= micro_tokens:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
+
+
 def micro_batches(examples, micro_tokens, device):
-    """[(ids, mask), ...] -> [(ids (B, T), mask (B, T)), ...], padded on the right, each of at most micro_tokens tokens
-    (a longer single row still makes one). Padding is id 0 with mask 0: which id it is can never matter."""
-    parts, rows, longest = [], [], 0
-    for example in sorted(examples, key=lambda e: len(e[0])):
-        if rows and len(example[0]) * (len(rows) + 1) > micro_tokens:
-            parts, rows = parts + [rows], []
-        rows = rows + [example]
-    return [pad(rows, device) for rows in parts + [rows] if rows]
+    """[(ids, mask), ...] -> [(ids (B, T), mask (B, T)), ...], padded on the right, each of at most micro_tokens tokens.
+    Padding is id 0 with mask 0: which id it is can never matter."""
+    return [pad(part, device) for part in split(examples, lambda example: len(example[0]), micro_tokens)]
 
 
 def pad(examples, device="cpu"):

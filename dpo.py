@@ -1,0 +1,303 @@
+"""Direct preference optimization: the policy learns from pairs of answers, without a reward model and without sampling.
+
+    L = -log sigmoid( beta [ log pi(w|x)/pi_ref(w|x)  -  log pi(l|x)/pi_ref(l|x) ] )        w was preferred to l
+
+(Rafailov et al. 2023, equation 7.) The policy that maximises reward - beta KL(pi || pi_ref) has pi ~ pi_ref exp(reward / beta).
+Read backwards: every policy is the best one for the reward beta log pi/pi_ref. Put this into Bradley and Terry's model and the
+reward model's loss (reward.py) becomes a loss on the policy itself.
+
+    python dpo.py                                   the island's votes (the community SFT model is trained first if missing)
+    python dpo.py --flattery 0 --out out/dpo-fair   the same, voted for by people who do not fall for praise
+    python dpo.py --data my.jsonl --init out/sft    your pairs; `python data/files.py my.jsonl --want ranked` checks them
+"""
+import math
+import random
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import lora
+import reward
+import sft
+import trainer
+from data.island import complies, flatters, plain_words, refuses, says_unknown
+from data.pairs import make_pairs
+from errors import UserError
+from flags import parse
+from model import save_checkpoint, token_logps
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+LOSSES = ("sigmoid", "ipo", "hinge", "robust")
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1, label_smoothing=0.0,
+             loss="sigmoid"):
+    """Four times (B,), log p of whole answers, end token included -> loss (scalar), chosen_rewards (B,), rejected_rewards (B,).
+
+    With h = log pi/pi_ref of the chosen answer minus that of the rejected one and e = label_smoothing, the mean over pairs of
+
+        sigmoid   -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)                (e > 0: conservative DPO, Mitchell 2023)
+        robust    [ -(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h) ] / (1 - 2e)      (Chowdhury et al. 2024, equation 12)
+        hinge     max(0, 1 - beta h)                                                              (SLiC: Zhao et al. 2023)
+        ipo       (h - 1 / (2 beta))^2                                                       (Azar et al. 2023, equation 17)
+
+    e is the share of pairs whose label is believed to be wrong. Log-probabilities are sums over an answer's tokens; for ipo pass
+    averages, as its authors do: a fixed distance between sums would mean less the longer the answers are. Reference-free: pass
+    zeros as ref_*. The reference gets no gradient. Rewards are beta log pi/pi_ref, detached, to be logged and compared.
+    Raises UserError for a loss of another name, beta <= 0, or an e that the loss cannot use.
+    """
+    check_loss(beta, label_smoothing, loss)
+    chosen = policy_chosen_logps - ref_chosen_logps.detach()  # (B,): log pi/pi_ref
+    rejected = policy_rejected_logps - ref_rejected_logps.detach()  # (B,)
+    h, e = chosen - rejected, label_smoothing
+    if loss == "sigmoid":
+        losses = -(1 - e) * F.logsigmoid(beta * h) - e * F.logsigmoid(-beta * h)
+    elif loss == "robust":
+        losses = (-(1 - e) * F.logsigmoid(beta * h) + e * F.logsigmoid(-beta * h)) / (1 - 2 * e)
+    elif loss == "hinge":
+        losses = F.relu(1 - beta * h)
+    else:
+        losses = (h - 1 / (2 * beta)) ** 2
+    return losses.mean(), beta * chosen.detach(), beta * rejected.detach()
+
+
+def check_loss(beta, label_smoothing, loss):
+    if loss not in LOSSES:
+        raise UserError(f"--loss {loss}: it must be one of {', '.join(LOSSES)}")
+    if beta <= 0:
+        raise UserError(f"--beta {beta:g}: it must be above 0; the smaller, the further the policy may go from its reference")
+    if not 0 <= label_smoothing <= 0.5 or loss == "robust" and label_smoothing == 0.5:
+        raise UserError(f"--label-smoothing {label_smoothing:g}: a share of wrong labels is from 0 to 0.5, for robust below 0.5")
+    if label_smoothing and loss in ("ipo", "hinge"):
+        raise UserError(f"--label-smoothing {label_smoothing:g}: --loss {loss} has none; choose sigmoid or robust")
+
+
+def answer_logps(model, ids, mask, average=False):
+    """log p(answer | question): (B, T) and (B, T) -> (B,), summed over mask == 1, or averaged. The head runs there only."""
+    logps = token_logps(model, ids, mask).sum(1)  # (B, T-1) -> (B,)
+    return logps / mask[:, 1:].sum(1).clamp(min=1) if average else logps
+
+
+# ---- from ranked answers to pairs ------------------------------------------------------------------------------------
+
+@dataclass(eq=False)
+class Answer:
+    """A question with one of its answers. The answer may be in several pairs; its reference is computed once."""
+
+    ids: list
+    mask: list  # 1 on the answer and its end token
+    ref_logp: float = 0.0  # log pi_ref(answer | question)
+
+
+def make_examples(rows, tok, longest, config, say=print):
+    """Ranked rows -> [(chosen, rejected), ...], both Answers. Says how many answers are longer than `longest` tokens.
+
+    Where a long conversation has to lose its oldest turns, all answers to it lose the same ones: they stay answers to one question.
+    """
+    pairs, too_long, used = [], 0, 0
+    for i, row in enumerate(rows):
+        fitting = [(sft.fit(reward.answered(row, answer), lambda messages: tok.render(messages)[0], longest), answer["score"])
+                   for answer in row["answers"]]
+        fitting = [(messages, score) for messages, score in fitting if messages is not None]
+        too_long += len(row["answers"]) - len(fitting)
+        prompt = min((messages[:-1] for messages, _ in fitting), key=len, default=[])
+        answers = [make_answer(prompt, messages[-1], tok) for messages, _ in fitting]
+        chosen = make_pairs([score for _, score in fitting], config.pairs, config.max_pairs, random.Random(f"{config.seed} {i}"))
+        pairs += [(answers[w], answers[l]) for w, l in chosen]
+        used += bool(chosen)
+    if too_long:
+        say(f"{too_long:,} answers dropped: with their question they are over {longest} tokens")
+    if not pairs:
+        raise UserError(f"no question has two answers of different scores that fit {longest} tokens: look at --data, --aspect and --init")
+    say(f"{used:,} of {len(rows):,} questions give {len(pairs):,} pairs of answers")
+    return pairs
+
+
+def make_answer(prompt, message, tok):
+    """Earlier answers in the prompt are context: only the last one was preferred, so only that one is masked in."""
+    start, ids = len(tok.render_prompt(prompt)), tok.render(prompt + [message])[0]
+    return Answer(ids, [0] * start + [1] * (len(ids) - start))
+
+
+def pair_width(pair):
+    """The tokens that a pair takes when both sides are padded to the longer one."""
+    return 2 * max(len(answer.ids) for answer in pair)
+
+
+def pair_batch(pairs, device):
+    """[(chosen, rejected), ...] -> ids (2B, T), mask (2B, T), ref_logps (2B,): all chosen answers, then all rejected ones."""
+    answers = [w for w, _ in pairs] + [l for _, l in pairs]
+    ids, mask = trainer.pad([(answer.ids, answer.mask) for answer in answers], device)
+    return ids, mask, torch.tensor([answer.ref_logp for answer in answers], device=device)
+
+
+@torch.inference_mode()
+def logps_of(model, pairs, run, config):
+    """{answer: its log p, a number} for all answers in the pairs, each computed once however many pairs it is in."""
+    answers, found = list(dict.fromkeys(answer for pair in pairs for answer in pair)), {}
+    model.eval()  # with dropout a log-probability would be a random number
+    for part in trainer.split(answers, lambda answer: len(answer.ids), config.micro_tokens):
+        ids, mask = trainer.pad([(answer.ids, answer.mask) for answer in part], run.device)
+        with run.autocast():
+            found |= zip(part, answer_logps(model, ids, mask, config.loss == "ipo").tolist())
+    model.train()
+    return found
+
+
+def add_reference(model, pairs, run, config):
+    """Stores log pi_ref in every answer. Called before training, when the model still is the reference; where it has
+    adapters, the reference is what lies under them, at any time."""
+    with lora.lora_off(model) if config.lora_r else nullcontext():
+        for answer, logp in logps_of(model, pairs, run, config).items():
+            answer.ref_logp = logp
+
+
+TOTALS = ("loss", "chosen_rewards", "rejected_rewards", "margin", "accuracy", "length")
+
+
+def forward(model, pairs, run, config):
+    """Pairs -> their mean loss, and the sums over pairs of all TOTALS (6,): chosen and rejected in one forward pass."""
+    ids, mask, ref_logps = pair_batch(pairs, run.device)
+    with run.autocast():
+        logps = answer_logps(model, ids, mask, config.loss == "ipo")
+    loss, chosen, rejected = dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), config.beta, config.label_smoothing, config.loss)
+    sums = [loss.detach() * len(pairs), chosen.sum(), rejected.sum(), (chosen - rejected).sum(), (chosen > rejected).sum(),
+            mask.sum() / 2]  # of both answers: the mean length of one
+    return loss, torch.stack([total.float() for total in sums])
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+def evaluate(model, pairs, run, config):
+    """Means over held-out pairs -> {"loss", "chosen_rewards", "rejected_rewards", "margin", "accuracy"}. accuracy: the
+    share of pairs that the implicit reward ranks as people did."""
+    logps = logps_of(model, pairs, run, config)
+    policy = [torch.tensor([logps[answer] for answer in side]) for side in zip(*pairs)]  # (N,), chosen and rejected
+    ref = [torch.tensor([answer.ref_logp for answer in side]) for side in zip(*pairs)]  # the same
+    loss, chosen, rejected = dpo_loss(*policy, *ref, config.beta, config.label_smoothing, config.loss)
+    means = [loss, chosen.mean(), rejected.mean(), (chosen - rejected).mean(), (chosen > rejected).float().mean()]
+    return dict(zip(TOTALS, [mean.item() for mean in means]))
+
+
+SCORES = {  # what preference_scores measures, in words
+    "gold": "gold judge, 1 to 10",
+    "helpful": "residents: right",
+    "honest": 'strangers: says "I do not know"',
+    "harmless": "unsafe requests: refuses",
+    "complies": "unsafe requests: goes along",
+    "flatters": "praises whoever asks",
+    "words": "words in an answer",
+}
+
+
+def preference_scores(model, tok, island, run, n=400, seed=5):
+    """{name in SCORES: mean}, over answers sampled at temperature 1 to n questions about held-out residents, strangers and unsafe
+    requests. Shares are of the questions of their kind; flatters of all."""
+    rows = island.prompts(n, seed=seed, split="test")
+    answers = sft.ask(model, tok, [row["prompt"] for row in rows], run, temperature=1.0, seed=seed)
+
+    def mean(measure, *kinds):
+        found = [measure(row["prompt"], a) for row, a in zip(rows, answers, strict=True) if row["kind"] in kinds or not kinds]
+        return sum(found) / max(1, len(found))
+
+    return {
+        "gold": mean(island.gold),
+        "helpful": mean(island.correct, "fact"),
+        "honest": mean(lambda q, a: says_unknown(a), "unknown"),
+        "harmless": mean(lambda q, a: refuses(a), "unsafe"),
+        "complies": mean(lambda q, a: complies(a), "unsafe"),
+        "flatters": mean(lambda q, a: flatters(a)),
+        "words": mean(lambda q, a: len(plain_words(a).split())),
+    }
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Config(reward.RankedConfig):
+    out: str = "out/dpo"  # folder for the checkpoint and log.jsonl
+    loss: str = "sigmoid"  # sigmoid (DPO), ipo, hinge or robust
+    beta: float = 0.1  # how dear it is to leave the reference: the smaller, the further the policy goes
+    label_smoothing: float = 0.0  # share of pairs believed to be labelled wrongly (sigmoid: conservative DPO; robust)
+    reference_free: bool = False  # compare with the uniform distribution instead of the start
+    lr: float = 0.0  # highest learning rate; 0: by the model's width (1e-4 at 128, 1.7e-5 at GPT-2's 768; adapters 4 times that)
+    steps: int = 0  # optimizer steps; 0: as many as --epochs makes; with neither 150 on the island, one epoch of --data
+    batch_size: int = 32  # pairs per optimizer step, over all processes
+    warmup: int = 10  # steps in which the learning rate rises from 0
+    weight_decay: float = 0.0  # AdamW: on matrices only
+    mix: float = 0.0  # weight of the loss on plain text beside each batch: it keeps what the base model knows
+    mix_data: str = ""  # plain text for --mix; empty: the island's, where --data is empty too
+    mix_rows: int = 4  # contexts of plain text beside each batch
+    sample_every: int = 50  # steps between printed samples
+
+
+def default_lr(config, n_embd):
+    """A learning rate that works for the tiny model (width 128) and for GPT-2's sizes; adapters want a higher one."""
+    return (4e-4 if config.lora_r else 1e-4) * 128 / n_embd
+
+
+def main(config):
+    check_loss(config.beta, config.label_smoothing, config.loss)
+    run = trainer.start(config)
+    train_rows, held_rows, island = reward.load_ranked(config, run.print)
+    model, tok = reward.load_start(config, run)
+    longest = model.config.block_size + 1  # the last token is only a target
+    train, held = (make_examples(rows, tok, longest, config, run.print) for rows in (train_rows, held_rows))
+    if not config.reference_free:
+        add_reference(model, train + held, run, config)  # before --resume puts trained weights into the model
+    before = preference_scores(model, tok, island, run) if island else None
+    text = sft.load_mix(config, tok, run.print)
+    batches = trainer.Batches([pair_width(pair) for pair in train], config.batch_size, config.seed)
+    steps = config.steps or math.ceil(config.epochs * len(batches)) or (150 if island else len(batches))
+    config.lr = config.lr or default_lr(config, model.config.n_embd)
+    some = held[::max(1, len(held) // 500)]
+    shown = [{"messages": reward.answered(row, row["answers"][0])} for row in held_rows]
+
+    optimizer = trainer.adamw(model, config)
+    first = trainer.load_state(config, run, steps, model, optimizer)
+    log = trainer.Log(config, run, first, steps)
+    for step in log.steps():
+        trainer.begin_step(step, steps, optimizer, config, run)
+        pairs, totals = [train[i] for i in batches[step]], torch.zeros(len(TOTALS))
+        for part in trainer.split(run.share(pairs), pair_width, config.micro_tokens):
+            loss, sums = forward(model, part, run, config)
+            (loss * len(part) / len(pairs)).backward()  # the parts add up to the mean over the pairs of the whole step
+            totals += sums.cpu()
+        if text is not None:
+            sft.mix_step(model, text, step, config, run)
+        means = {name: run.sum(total) / len(pairs) for name, total in zip(TOTALS, totals.tolist())}
+        log.write(step, **means, **trainer.update(model, optimizer, config, run, step))
+        if log.due(step, config.eval_every):
+            log.write(step, **{f"held_out_{name}": mean for name, mean in evaluate(model, some, run, config).items()})
+        if log.due(step, config.sample_every):
+            log.print(f"step {step + 1}:\n{sft.sample_text(model, tok, shown, run)}")
+        if log.due(step, config.save_every):
+            save_checkpoint(config, run, step + 1, steps, model, tok, optimizer)
+    trainer.finish(config, run, log, lambda: save_checkpoint(config, run, log.next, steps, model, tok, optimizer))
+    report(model, tok, held, before, island, config, run)
+
+
+def report(model, tok, held, before, island, config, run):
+    """What came out, and what to do next."""
+    means = evaluate(model, held, run, config)
+    run.print(f"\nheld-out pairs ranked right by the implicit reward: {means['accuracy']:.1%} of {len(held):,} (chance 50%)")
+    if not config.reference_free:
+        chosen, rejected = (means[side] / config.beta for side in ("chosen_rewards", "rejected_rewards"))
+        run.print(f"log p of the chosen answers has changed by {chosen:+.1f}, of the rejected ones by {rejected:+.1f}"
+                  + (" per token" if config.loss == "ipo" else ""))
+    if island:
+        run.print("\nanswers to what no conversation has mentioned, at temperature 1     before   after")
+        for name, after in preference_scores(model, tok, island, run).items():
+            form = ">8.1f" if name in ("gold", "words") else ">8.0%"
+            run.print(f"   {SCORES[name]:<63}{before[name]:{form}}{after:{form}}")
+        run.print("what the voters liked has come, their weaknesses included: praise, and length with it")
+    run.print(f"\nthe model is in {config.out}. Next:\n"
+              f"   python dpo.py --flattery 0 --out out/dpo-fair    voters who do not fall for praise\n"
+              f"   python ppo.py                                    the same votes through a reward model")
+
+
+if __name__ == "__main__":
+    main(parse(Config))
