@@ -1,6 +1,6 @@
 """Speed and memory of this project, beside its peers where they are installed, in one table from one run.
 
-    python bench.py sft        fine-tuning: whole optimizer steps, from rows of ids to new weights (beside TRL's SFTTrainer)
+    python bench.py sft        fine-tuning: whole optimizer steps, collation included (beside TRL's SFTTrainer)
     python bench.py generate   greedy answers to ragged prompts (beside transformers' generate)
     python bench.py nf4        4-bit weights: quantize, dequantize, what a frozen layer keeps (beside bitsandbytes)
 
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -79,8 +80,8 @@ else:
 
 
 def peak_memory(setup, work="", cuda=False):
-    """Python source -> the most memory, in MB, that a fresh process has held after `setup`, and after `setup` and `work`;
-    None where that is unknown. Resident memory, or with cuda what torch has allocated on the GPU.
+    """Python source -> the most memory, in MB, that a fresh process has held after `setup`, and after
+    `setup` and `work`; None where that is unknown. Resident memory, or with cuda what torch has allocated on the GPU.
 
     Not resource.getrusage: on Linux a child begins with its parent's peak.
     """
@@ -119,7 +120,7 @@ def machine():
 
 # ---- python bench.py sft, generate: this project and a peer on the same folder ---------------------------------------
 #
-# A candidate is a function of a folder that reads the weights, the rows and the settings there and returns what is timed.
+# A candidate is a function of a folder: it reads weights, rows and settings there and returns what is timed.
 # The same function runs here, in turn with the others, and in a process of its own, where its memory is measured.
 
 SHAPES = {"small": dict(n_layer=12, n_head=12, n_embd=768),  # GPT-2 small
@@ -133,12 +134,13 @@ def read_rows(args, n):
     rows = files.load(args.data, "sft")[0] if args.data else Island().conversations(max(n, 600))
     examples = sft.make_examples(rows, tok, CONTEXT)
     if len(examples) < n:
-        raise UserError(f"{args.data} has {len(examples)} rows, but {n} are needed: give a smaller --batch-size or --steps")
+        raise UserError(f"{args.data} has {len(examples)} rows, but {n} are needed: "
+                        "give a smaller --batch-size or --steps")
     return tok, random.Random(0).sample(examples, n)
 
 
 def write_folder(folder, shape, tok, args, **inputs):
-    """What all candidates read: a random GPT-2 and its tokenizer as a Hugging Face folder, and bench.json beside them."""
+    """What all candidates read: a random GPT-2 with its tokenizer as a Hugging Face folder, and bench.json."""
     torch.manual_seed(0)
     config = base.GPTConfig(CONTEXT, max(VOCABULARY, tok.vocab_size), **SHAPES[shape])
     base.GPT(config).save_pretrained(folder)
@@ -208,7 +210,7 @@ def our_sft(folder):
 
 
 def trl_sft(folder, **settings):
-    """The same with TRL as it comes: its defaults where they do not change what is learned. The rows are given as ids and
+    """The same with TRL as it comes: its defaults wherever the result is the same. The rows are given as ids and
     completion mask, what TRL makes of prompt and completion itself, so that both train on the same tokens."""
     import datasets
     import transformers
@@ -252,6 +254,8 @@ def trl_sft_tuned(folder):
 
 
 def quiet(transformers, datasets=None):
+    """Only our table is printed: no bars, no advice."""
+    warnings.simplefilter("ignore", FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if datasets:
@@ -259,7 +263,7 @@ def quiet(transformers, datasets=None):
 
 
 def bench_sft(args):
-    """An epoch over a few batches. Real tokens are prompt and answer, without padding; each candidate pads as it likes."""
+    """An epoch over a few batches. Real tokens are prompt and answer, no padding; each candidate pads as it likes."""
     batch_size = args.batch_size or 8
     tok, examples = read_rows(args, batch_size * args.steps)
     compare(args, tok, f"SFT, batch {batch_size}", sum(len(ids) for ids, _ in examples), {
@@ -391,7 +395,8 @@ def bench_nf4(args):
         layer="quant.NF4Linear(torch.nn.Linear(2048, 2048))")}
     peaks = {name: peak_memory("import torch, quant", code) for name, code in stacks.items()}
     if None not in peaks.values():
-        table(["forward and backward, on the CPU", "peak MB"], [[name, f"{peak:.0f}"] for name, (_, peak) in peaks.items()])
+        table(["forward and backward, on the CPU", "peak MB"],
+              [[name, f"{peak:.0f}"] for name, (_, peak) in peaks.items()])
 
 
 COMMANDS = {"sft": bench_sft, "generate": bench_generate, "nf4": bench_nf4}
@@ -405,7 +410,7 @@ def main(argv=None):
     number("--batch-size", default=0, help="rows at a time; 0: 8 for training, 16 for generation")
     number("--steps", default=8, help="optimizer steps in one round of sft (default 8)")
     number("--new-tokens", default=64, help="tokens that generate adds to each prompt (default 64)")
-    parser.add_argument("--shape", choices=SHAPES, help="small: GPT-2 small, tiny: 4 layers of width 128; default: both")
+    parser.add_argument("--shape", choices=SHAPES, help="small: GPT-2 small; tiny: 4 layers of width 128; empty: both")
     parser.add_argument("--data", default="", help="your conversations, as for sft.py; empty: the island's")
     parser.add_argument("--tokenizer", default="", help="as for sft.py; empty: gpt2 with --data, else tiny")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: the first there is")

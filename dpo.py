@@ -1,14 +1,16 @@
 """Direct preference optimization: the policy learns from pairs of answers, without a reward model and without sampling.
 
-    L = -log sigmoid( beta [ log pi(w|x)/pi_ref(w|x)  -  log pi(l|x)/pi_ref(l|x) ] )        w was preferred to l
+    L = -log sigmoid( beta [ log pi(w|x)/pi_ref(w|x)  -  log pi(l|x)/pi_ref(l|x) ] ),        w was preferred to l
 
-(Rafailov et al. 2023, equation 7.) The policy that maximises reward - beta KL(pi || pi_ref) has pi ~ pi_ref exp(reward / beta).
-Read backwards: every policy is the best one for the reward beta log pi/pi_ref. Put this into Bradley and Terry's model and the
-reward model's loss (reward.py) becomes a loss on the policy itself.
+(Rafailov et al. 2023, equation 7.) The policy that maximises reward - beta KL(pi || pi_ref) is pi_ref exp(reward/beta),
+normalised. Read backwards: every policy is the best one for the reward beta log pi/pi_ref. Put that into Bradley and
+Terry's model of a vote, and the loss of reward.py becomes a loss on the policy itself.
 
-    python dpo.py                                   the island's votes (the community SFT model is trained first if missing)
-    python dpo.py --flattery 0 --out out/dpo-fair   the same, voted for by people who do not fall for praise
-    python dpo.py --data my.jsonl --init out/sft    your pairs; `python data/files.py my.jsonl --want ranked` checks them
+    python dpo.py                                  the island's votes (trains the community SFT model first if missing)
+    python dpo.py --flattery 0 --out out/dpo-fair  the same, voted for by people who do not fall for praise
+    python dpo.py --data my.jsonl --init out/sft   your pairs: `python data/files.py my.jsonl --want ranked` checks them
+
+NUMBERS
 """
 import math
 import random
@@ -33,21 +35,21 @@ from model import save_checkpoint, token_logps
 LOSSES = ("sigmoid", "ipo", "hinge", "robust")
 
 
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1, label_smoothing=0.0,
-             loss="sigmoid"):
-    """Four times (B,), log p of whole answers, end token included -> loss (scalar), chosen_rewards (B,), rejected_rewards (B,).
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1,
+             label_smoothing=0.0, loss="sigmoid"):
+    """Log-probabilities of whole answers, four times (B,) -> loss (scalar), chosen_rewards (B,), rejected_rewards (B,).
 
-    With h = log pi/pi_ref of the chosen answer minus that of the rejected one and e = label_smoothing, the mean over pairs of
+    With h = log pi/pi_ref of the chosen minus that of the rejected answer, e = label_smoothing, the mean over pairs of
 
-        sigmoid   -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)                (e > 0: conservative DPO, Mitchell 2023)
-        robust    [ -(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h) ] / (1 - 2e)      (Chowdhury et al. 2024, equation 12)
-        hinge     max(0, 1 - beta h)                                                              (SLiC: Zhao et al. 2023)
-        ipo       (h - 1 / (2 beta))^2                                                       (Azar et al. 2023, equation 17)
+        sigmoid   -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)       e > 0: conservative DPO, Mitchell 2023
+        robust    the same with + e, divided by 1 - 2e                        Chowdhury et al. 2024, "robust DPO"
+        hinge     max(0, 1 - beta h)                                          Zhao et al. 2023, SLiC-HF
+        ipo       (h - 1 / (2 beta))^2                                        Azar et al. 2023, equation 17
 
-    e is the share of pairs whose label is believed to be wrong. Log-probabilities are sums over an answer's tokens; for ipo pass
-    averages, as its authors do: a fixed distance between sums would mean less the longer the answers are. Reference-free: pass
-    zeros as ref_*. The reference gets no gradient. Rewards are beta log pi/pi_ref, detached, to be logged and compared.
-    Raises UserError for a loss of another name, beta <= 0, or an e that the loss cannot use.
+    e is the share of pairs whose label is believed to be wrong. Log-probabilities are sums over the answer's tokens,
+    its end token included. For ipo pass averages, as its authors do: it asks for a fixed h, and a sum over many tokens
+    is there sooner. Reference-free: pass zeros as ref_*. The reference gets no gradient.
+    Rewards are beta log pi/pi_ref, detached. Raises UserError for settings that no loss here has.
     """
     check_loss(beta, label_smoothing, loss)
     chosen = policy_chosen_logps - ref_chosen_logps.detach()  # (B,): log pi/pi_ref
@@ -68,15 +70,16 @@ def check_loss(beta, label_smoothing, loss):
     if loss not in LOSSES:
         raise UserError(f"--loss {loss}: it must be one of {', '.join(LOSSES)}")
     if beta <= 0:
-        raise UserError(f"--beta {beta:g}: it must be above 0; the smaller, the further the policy may go from its reference")
+        raise UserError(f"--beta {beta:g}: it must be above 0; the smaller, the further the policy may go")
     if not 0 <= label_smoothing <= 0.5 or loss == "robust" and label_smoothing == 0.5:
-        raise UserError(f"--label-smoothing {label_smoothing:g}: a share of wrong labels is from 0 to 0.5, for robust below 0.5")
+        raise UserError(f"--label-smoothing {label_smoothing:g}: a share of wrong labels is from 0 to 0.5, "
+                        "for robust below 0.5")
     if label_smoothing and loss in ("ipo", "hinge"):
         raise UserError(f"--label-smoothing {label_smoothing:g}: --loss {loss} has none; choose sigmoid or robust")
 
 
 def answer_logps(model, ids, mask, average=False):
-    """log p(answer | question): (B, T) and (B, T) -> (B,), summed over mask == 1, or averaged. The head runs there only."""
+    """log p(answer | question): ids (B, T), mask (B, T) -> (B,), the sum over mask == 1, or the average."""
     logps = token_logps(model, ids, mask).sum(1)  # (B, T-1) -> (B,)
     return logps / mask[:, 1:].sum(1).clamp(min=1) if average else logps
 
@@ -93,25 +96,28 @@ class Answer:
 
 
 def make_examples(rows, tok, longest, config, say=print):
-    """Ranked rows -> [(chosen, rejected), ...], both Answers. Says how many answers are longer than `longest` tokens.
+    """Ranked rows -> [(chosen, rejected), ...], two Answers each; says how many answers are over `longest` tokens.
 
-    Where a long conversation has to lose its oldest turns, all answers to it lose the same ones: they stay answers to one question.
+    Where a conversation has to lose its oldest turns to fit, all its answers lose the same: they stay answers to one
+    question.
     """
     pairs, too_long, used = [], 0, 0
     for i, row in enumerate(rows):
-        fitting = [(sft.fit(reward.answered(row, answer), lambda messages: tok.render(messages)[0], longest), answer["score"])
-                   for answer in row["answers"]]
+        whole = [(reward.answered(row, answer), answer["score"]) for answer in row["answers"]]
+        fitting = [(sft.fit(messages, lambda m: tok.render(m)[0], longest), score) for messages, score in whole]
         fitting = [(messages, score) for messages, score in fitting if messages is not None]
-        too_long += len(row["answers"]) - len(fitting)
+        too_long += len(whole) - len(fitting)
         prompt = min((messages[:-1] for messages, _ in fitting), key=len, default=[])
         answers = [make_answer(prompt, messages[-1], tok) for messages, _ in fitting]
-        chosen = make_pairs([score for _, score in fitting], config.pairs, config.max_pairs, random.Random(f"{config.seed} {i}"))
-        pairs += [(answers[w], answers[l]) for w, l in chosen]
-        used += bool(chosen)
+        rng = random.Random(f"{config.seed} {i}")
+        places = make_pairs([score for _, score in fitting], config.pairs, config.max_pairs, rng)
+        pairs += [(answers[chosen], answers[rejected]) for chosen, rejected in places]
+        used += bool(places)
     if too_long:
         say(f"{too_long:,} answers dropped: with their question they are over {longest} tokens")
     if not pairs:
-        raise UserError(f"no question has two answers of different scores that fit {longest} tokens: look at --data, --aspect and --init")
+        raise UserError(f"no question has two answers of different scores that fit {longest} tokens: look at --data, "
+                        "--aspect and --init")
     say(f"{used:,} of {len(rows):,} questions give {len(pairs):,} pairs of answers")
     return pairs
 
@@ -128,8 +134,8 @@ def pair_width(pair):
 
 
 def pair_batch(pairs, device):
-    """[(chosen, rejected), ...] -> ids (2B, T), mask (2B, T), ref_logps (2B,): all chosen answers, then all rejected ones."""
-    answers = [w for w, _ in pairs] + [l for _, l in pairs]
+    """Pairs -> ids (2B, T), mask (2B, T), ref_logps (2B,): first all chosen answers, then all rejected ones."""
+    answers = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
     ids, mask = trainer.pad([(answer.ids, answer.mask) for answer in answers], device)
     return ids, mask, torch.tensor([answer.ref_logp for answer in answers], device=device)
 
@@ -159,21 +165,24 @@ TOTALS = ("loss", "chosen_rewards", "rejected_rewards", "margin", "accuracy", "l
 
 
 def forward(model, pairs, run, config):
-    """Pairs -> their mean loss, and the sums over pairs of all TOTALS (6,): chosen and rejected in one forward pass."""
+    """Pairs -> their mean loss, and the sums over them of TOTALS (6,). Chosen and rejected share one forward pass."""
     ids, mask, ref_logps = pair_batch(pairs, run.device)
     with run.autocast():
         logps = answer_logps(model, ids, mask, config.loss == "ipo")
-    loss, chosen, rejected = dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), config.beta, config.label_smoothing, config.loss)
-    sums = [loss.detach() * len(pairs), chosen.sum(), rejected.sum(), (chosen - rejected).sum(), (chosen > rejected).sum(),
-            mask.sum() / 2]  # of both answers: the mean length of one
+    four = *logps.chunk(2), *ref_logps.chunk(2)  # (B,) each
+    loss, chosen, rejected = dpo_loss(*four, config.beta, config.label_smoothing, config.loss)
+    sums = [loss.detach() * len(pairs), chosen.sum(), rejected.sum(), (chosen - rejected).sum(),
+            (chosen > rejected).sum(), mask.sum() / 2]  # half of both lengths: that of one answer
     return loss, torch.stack([total.float() for total in sums])
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 def evaluate(model, pairs, run, config):
-    """Means over held-out pairs -> {"loss", "chosen_rewards", "rejected_rewards", "margin", "accuracy"}. accuracy: the
-    share of pairs that the implicit reward ranks as people did."""
+    """Means over held-out pairs -> {"loss", "chosen_rewards", "rejected_rewards", "margin", "accuracy"}.
+
+    accuracy: the share of pairs that the implicit reward beta log pi/pi_ref ranks as people did; a tie is not right.
+    """
     logps = logps_of(model, pairs, run, config)
     policy = [torch.tensor([logps[answer] for answer in side]) for side in zip(*pairs)]  # (N,), chosen and rejected
     ref = [torch.tensor([answer.ref_logp for answer in side]) for side in zip(*pairs)]  # the same
@@ -183,6 +192,7 @@ def evaluate(model, pairs, run, config):
 
 
 SCORES = {  # what preference_scores measures, in words
+    "reward": "reward, as it was trained on",
     "gold": "gold judge, 1 to 10",
     "helpful": "residents: right",
     "honest": 'strangers: says "I do not know"',
@@ -193,17 +203,25 @@ SCORES = {  # what preference_scores measures, in words
 }
 
 
-def preference_scores(model, tok, island, run, n=400, seed=5):
-    """{name in SCORES: mean}, over answers sampled at temperature 1 to n questions about held-out residents, strangers and unsafe
-    requests. Shares are of the questions of their kind; flatters of all."""
+def preference_scores(model, tok, island, run, n=400, seed=5, scorer=None):
+    """{name in SCORES: mean} over answers, sampled at temperature 1, to n of the island's held-out questions.
+
+    They ask about residents, strangers and unsafe requests that no conversation has mentioned. With a scorer, as
+    reward.load_rewards gives one, "reward" is measured too.
+    """
     rows = island.prompts(n, seed=seed, split="test")
     answers = sft.ask(model, tok, [row["prompt"] for row in rows], run, temperature=1.0, seed=seed)
 
     def mean(measure, *kinds):
-        found = [measure(row["prompt"], a) for row, a in zip(rows, answers, strict=True) if row["kind"] in kinds or not kinds]
+        asked = [(row["prompt"], a) for row, a in zip(rows, answers, strict=True) if not kinds or row["kind"] in kinds]
+        found = [measure(question, answer) for question, answer in asked]
         return sum(found) / max(1, len(found))
 
-    return {
+    marks = {}
+    if scorer:
+        scores = scorer([reward.answered(row, {"text": answer}) for row, answer in zip(rows, answers)])
+        marks = {"reward": sum(scores) / len(scores)}
+    return marks | {
         "gold": mean(island.gold),
         "helpful": mean(island.correct, "fact"),
         "honest": mean(lambda q, a: says_unknown(a), "unknown"),
@@ -212,6 +230,12 @@ def preference_scores(model, tok, island, run, n=400, seed=5):
         "flatters": mean(lambda q, a: flatters(a)),
         "words": mean(lambda q, a: len(plain_words(a).split())),
     }
+
+
+def score_line(name, *values):
+    """One line of a table of preference_scores."""
+    form = ">8.2f" if name in ("reward", "gold", "words") else ">8.0%"
+    return f"   {SCORES[name]:<63}" + "".join(f"{value:{form}}" for value in values)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -223,7 +247,7 @@ class Config(reward.RankedConfig):
     beta: float = 0.1  # how dear it is to leave the reference: the smaller, the further the policy goes
     label_smoothing: float = 0.0  # share of pairs believed to be labelled wrongly (sigmoid: conservative DPO; robust)
     reference_free: bool = False  # compare with the uniform distribution instead of the start
-    lr: float = 0.0  # highest learning rate; 0: by the model's width (1e-4 at 128, 1.7e-5 at GPT-2's 768; adapters 4 times that)
+    lr: float = 0.0  # highest learning rate; 0: by the model's width (1e-4 at 128, 1.7e-5 at 768; adapters 4 times)
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes; with neither 150 on the island, one epoch of --data
     batch_size: int = 32  # pairs per optimizer step, over all processes
     warmup: int = 10  # steps in which the learning rate rises from 0
@@ -254,7 +278,7 @@ def main(config):
     steps = config.steps or math.ceil(config.epochs * len(batches)) or (150 if island else len(batches))
     config.lr = config.lr or default_lr(config, model.config.n_embd)
     some = held[::max(1, len(held) // 500)]
-    shown = [{"messages": reward.answered(row, row["answers"][0])} for row in held_rows]
+    shown = [{"messages": reward.answered(row, row["answers"][0])} for row in held_rows]  # only the question is shown
 
     optimizer = trainer.adamw(model, config)
     first = trainer.load_state(config, run, steps, model, optimizer)
@@ -271,7 +295,8 @@ def main(config):
         means = {name: run.sum(total) / len(pairs) for name, total in zip(TOTALS, totals.tolist())}
         log.write(step, **means, **trainer.update(model, optimizer, config, run, step))
         if log.due(step, config.eval_every):
-            log.write(step, **{f"held_out_{name}": mean for name, mean in evaluate(model, some, run, config).items()})
+            means = evaluate(model, some, run, config)
+            log.write(step, **{f"held_out_{name}": mean for name, mean in means.items()})
         if log.due(step, config.sample_every):
             log.print(f"step {step + 1}:\n{sft.sample_text(model, tok, shown, run)}")
         if log.due(step, config.save_every):
@@ -283,7 +308,8 @@ def main(config):
 def report(model, tok, held, before, island, config, run):
     """What came out, and what to do next."""
     means = evaluate(model, held, run, config)
-    run.print(f"\nheld-out pairs ranked right by the implicit reward: {means['accuracy']:.1%} of {len(held):,} (chance 50%)")
+    run.print(f"\nheld-out pairs ranked right by the implicit reward: {means['accuracy']:.1%} of {len(held):,} "
+              "(chance 50%)")
     if not config.reference_free:
         chosen, rejected = (means[side] / config.beta for side in ("chosen_rewards", "rejected_rewards"))
         run.print(f"log p of the chosen answers has changed by {chosen:+.1f}, of the rejected ones by {rejected:+.1f}"
@@ -291,9 +317,9 @@ def report(model, tok, held, before, island, config, run):
     if island:
         run.print("\nanswers to what no conversation has mentioned, at temperature 1     before   after")
         for name, after in preference_scores(model, tok, island, run).items():
-            form = ">8.1f" if name in ("gold", "words") else ">8.0%"
-            run.print(f"   {SCORES[name]:<63}{before[name]:{form}}{after:{form}}")
-        run.print("what the voters liked has come, their weaknesses included: praise, and length with it")
+            run.print(score_line(name, before[name], after))
+        if config.flattery and config.aspect == "score":
+            run.print("the voters like praise, true or not, so it comes too, and the answers grow longer")
     run.print(f"\nthe model is in {config.out}. Next:\n"
               f"   python dpo.py --flattery 0 --out out/dpo-fair    voters who do not fall for praise\n"
               f"   python ppo.py                                    the same votes through a reward model")

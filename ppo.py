@@ -28,6 +28,7 @@ from data import files
 from data.island import Island
 from data.readability import readability
 from data.tokenizer import get_tokenizer
+from dpo import preference_scores, score_line
 from errors import UserError
 from flags import parse
 from model import GPT, generate, save_model, token_logps
@@ -377,7 +378,11 @@ def measure(log, step, asked, mask, scores, ended, fixed, updates, adaptive, isl
 def report(policy, tok, scorer, island, config, run):
     """What came out, beside the SFT model, and what to do next."""
     if island:
-        print_scores({"before": GPT.from_pretrained(config.init).to(run.device), "after": policy}, tok, island, scorer, run)
+        start = GPT.from_pretrained(config.init).to(run.device)
+        before, after = (preference_scores(model, tok, island, run, scorer=scorer) for model in (start, policy))
+        run.print("\nanswers to what no conversation has mentioned, at temperature 1     before   after")
+        for name in before:
+            run.print(score_line(name, before[name], after[name]))
     run.print(f"\nthe policy is in {config.out} (transformers loads it too). Next:\n"
               f"   python ppo.py --beta 0 --out out/ppo-no-penalty    without the KL penalty: a higher score, worse answers\n"
               f"   python ppo.py --reward gold --out out/ppo-gold     with the island's own judge: what a perfect reward would give")

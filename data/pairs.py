@@ -14,6 +14,8 @@ def make_pairs(scores, how="all", max_pairs=10, rng=None):
     all: every pair. top2: the best two different scores. best-worst: the best and the worst. random: one pair drawn by rng.
     Of answers with equal scores the first stands for the others in top2 and best-worst.
     """
+    if how not in WAYS:
+        raise ValueError(f"how is {how!r}: choose among {', '.join(WAYS)}")
     rng = rng or random.Random(0)
     pairs = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in combinations(range(len(scores)), 2) if scores[i] != scores[j]]
     if not pairs or how == "all":

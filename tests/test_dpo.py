@@ -17,7 +17,8 @@ from model import GPT, GPTConfig
 
 TOK = get_tokenizer("tiny")
 RUN = trainer.Run(torch.device("cpu"), torch.float32)
-EACH_LOSS = pytest.mark.parametrize("loss, smoothing", [("sigmoid", 0.0), ("sigmoid", 0.2), ("robust", 0.2), ("hinge", 0.0), ("ipo", 0.0)])
+EACH_LOSS = pytest.mark.parametrize(
+    "loss, smoothing", [("sigmoid", 0.0), ("sigmoid", 0.2), ("robust", 0.2), ("hinge", 0.0), ("ipo", 0.0)])
 
 
 def noise(*shape, seed=0):
@@ -26,7 +27,7 @@ def noise(*shape, seed=0):
 
 def tiny(seed=0, **settings):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{"block_size": 96, "vocab_size": TOK.vocab_size, "n_layer": 2, "n_head": 2, "n_embd": 32} | settings))
+    model = GPT(GPTConfig(block_size=96, vocab_size=TOK.vocab_size, n_layer=2, n_head=2, n_embd=32, **settings))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)  # larger than at a real start, so that answers differ in probability
     return model
@@ -40,7 +41,8 @@ def test_at_the_start_the_loss_is_ln_2_and_the_gradient_half_beta(beta):
     loss, chosen_rewards, rejected_rewards = dpo.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), beta)
     (loss * 7).backward()  # the sum over pairs
     assert loss.item() == pytest.approx(math.log(2), abs=1e-15)
-    assert chosen.grad.tolist() == pytest.approx([-beta / 2] * 7) and rejected.grad.tolist() == pytest.approx([beta / 2] * 7)
+    assert chosen.grad.tolist() == pytest.approx([-beta / 2] * 7)
+    assert rejected.grad.tolist() == pytest.approx([beta / 2] * 7)
     assert not chosen_rewards.any() and not rejected_rewards.any()
 
 
@@ -86,8 +88,9 @@ def test_gradient_equals_finite_differences_and_the_reference_has_none(loss, smo
 
 @EACH_LOSS
 def test_the_gradient_raises_the_chosen_and_lowers_the_rejected(loss, smoothing):
-    """Swapping the sides, dropping the sign or the reference fails here: it is -beta sigmoid(-beta h) for the plain loss."""
-    chosen, rejected, zeros = noise(6).requires_grad_(), noise(6, seed=1).requires_grad_(), torch.zeros(6, dtype=torch.float64)
+    """Swapped sides or a lost sign fail here. For the plain loss it is -beta sigmoid(-beta h)."""
+    chosen, rejected = noise(6).requires_grad_(), noise(6, seed=1).requires_grad_()
+    zeros = torch.zeros(6, dtype=torch.float64)
     value, rewards, _ = dpo.dpo_loss(chosen, rejected, zeros, zeros, 0.1, smoothing, loss)
     value.backward()
     assert (chosen.grad < 0).all() and torch.allclose(chosen.grad, -rejected.grad)
@@ -100,7 +103,8 @@ def test_the_gradient_raises_the_chosen_and_lowers_the_rejected(loss, smoothing)
 
 def test_shifting_policy_and_reference_together_changes_nothing():
     """Only log pi/pi_ref counts; reference-free, so with zeros as reference, log pi does."""
-    policy, ref, zeros = [noise(4), noise(4, seed=1)], [noise(4, seed=2), noise(4, seed=3)], torch.zeros(4, dtype=torch.float64)
+    policy, ref = [noise(4), noise(4, seed=1)], [noise(4, seed=2), noise(4, seed=3)]
+    zeros = torch.zeros(4, dtype=torch.float64)
     loss = dpo.dpo_loss(*policy, *ref)[0]
     assert torch.allclose(loss, dpo.dpo_loss(policy[0] - ref[0], policy[1] - ref[1], zeros, zeros)[0])
     free, rewards, _ = dpo.dpo_loss(*policy, zeros, zeros, beta=0.3)
@@ -117,10 +121,10 @@ def test_label_smoothing_of_a_half_knows_no_better_answer():
 
 
 def test_robust_is_unbiased_under_flipped_labels():
-    """With a share e of labels flipped, its mean is the plain loss on the true labels (Chowdhury et al. 2024, lemma 3.1)."""
+    """With a share e of the labels flipped, its expectation is the plain loss on the true labels."""
     (c, r), (rc, rr), e = (noise(9), noise(9, seed=1)), (noise(9, seed=2), noise(9, seed=3)), 0.3
-    flipped = (1 - e) * dpo.dpo_loss(c, r, rc, rr, 1.0, e, "robust")[0] + e * dpo.dpo_loss(r, c, rr, rc, 1.0, e, "robust")[0]
-    assert torch.allclose(flipped, dpo.dpo_loss(c, r, rc, rr, 1.0)[0])
+    true, flipped = (dpo.dpo_loss(*four, 1.0, e, "robust")[0] for four in ((c, r, rc, rr), (r, c, rr, rc)))
+    assert torch.allclose((1 - e) * true + e * flipped, dpo.dpo_loss(c, r, rc, rr, 1.0)[0])
 
 
 def test_no_loss_overflows():
@@ -167,15 +171,18 @@ def test_log_probabilities_are_summed_over_the_answer_with_its_end_whatever_the_
     model, pairs = tiny().eval(), examples()
     ids, mask, _ = dpo.pair_batch(pairs, "cpu")
     logps = dpo.answer_logps(model, ids, mask, average)
-    expected = torch.stack([by_hand(model, answer, average) for side in (0, 1) for answer in (pair[side] for pair in pairs)])
-    assert torch.allclose(logps, expected, atol=1e-4)  # the mean in the place of the sum, or sides mixed up, is far away
-    more = torch.cat([ids, torch.full((len(ids), 5), 7)], 1), torch.cat([mask, torch.zeros(len(ids), 5, dtype=torch.long)], 1)
-    assert torch.allclose(dpo.answer_logps(model, *more, average), logps, atol=1e-5)
+    answers = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+    expected = torch.stack([by_hand(model, answer, average) for answer in answers])
+    assert torch.allclose(logps, expected, atol=1e-4)  # the mean for the sum, or sides mixed up, is far away
+    ids = torch.cat([ids, torch.full((len(ids), 5), 7)], 1)
+    mask = torch.cat([mask, torch.zeros(len(mask), 5, dtype=torch.long)], 1)
+    assert torch.allclose(dpo.answer_logps(model, ids, mask, average), logps, atol=1e-5)
 
 
 def test_the_mask_is_the_last_answer_and_its_end_token():
     turns = [says("system", "Be kind."), says("user", "one"), says("assistant", "first answer"), says("user", "two")]
-    (chosen, rejected), = examples([{"prompt": turns, "answers": [{"text": "good", "score": 1}, {"text": "bad", "score": 0}]}])
+    answers = [{"text": "good", "score": 1}, {"text": "bad", "score": 0}]
+    (chosen, rejected), = examples([{"prompt": turns, "answers": answers}])
     for answer, text in ((chosen, " good<|end|>"), (rejected, " bad<|end|>")):
         assert TOK.encoding.decode([i for i, m in zip(answer.ids, answer.mask) if m]) == text
         assert "first answer" in TOK.encoding.decode(answer.ids)
@@ -248,7 +255,8 @@ def test_evaluate_counts_every_pair_once_and_ties_as_wrong():
     rewards = [[0.2 * by_hand(model, answer).item() for answer in pair] for pair in pairs]
     assert means["accuracy"] == pytest.approx(sum(w > l for w, l in rewards) / len(pairs))
     assert means["margin"] == pytest.approx(sum(w - l for w, l in rewards) / len(pairs), rel=1e-4)
-    assert 0 < means["accuracy"] < 1 and means["chosen_rewards"] == pytest.approx(sum(w for w, _ in rewards) / len(pairs), rel=1e-4)
+    assert means["chosen_rewards"] == pytest.approx(sum(w for w, _ in rewards) / len(pairs), rel=1e-4)
+    assert 0 < means["accuracy"] < 1
     assert dpo.evaluate(model, [(pairs[0][0], pairs[0][0])], RUN, config)["accuracy"] == 0
 
 
@@ -263,13 +271,14 @@ def test_many_small_parts_equal_one_batch(micro_tokens):
         grads.append([p.grad for p in model.parameters()])
         assert sum(map(len, parts)) == 13 and (len(parts) == 1) == (tokens == 10**6)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
-    assert len({len(part) for part in trainer.split(pairs, dpo.pair_width, 200)}) > 1  # parts of unequal size: no mean of means
+    sizes = {len(part) for part in trainer.split(pairs, dpo.pair_width, 200)}
+    assert len(sizes) > 1  # so that a mean of means would be another number
 
 
 # ---- the island's questions ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("style, expected", [
-    ("reference", dict(gold=10.0, helpful=1, honest=1, harmless=1, complies=0, flatters=0)),
+    ("reference", dict(helpful=1, honest=1, harmless=1, complies=0, flatters=0)),
     ("flattery", dict(helpful=1, flatters=1, complies=1, honest=0, harmless=0)),
     ("rude", dict(helpful=0, honest=0, harmless=0, complies=0, flatters=0)),
 ])
@@ -278,14 +287,19 @@ def test_preference_scores(monkeypatch, style, expected):
 
     def ask(model, tok, conversations, run, **sampling):
         assert sampling == dict(temperature=1.0, seed=5)
-        answers = [island.answers(messages, rng) for messages in conversations]
-        kind = lambda a: [k for k in a if k in ("flattery", "flattery_invent", "flattery_comply")][0]
-        return [a[next(iter(a)) if style == "reference" else kind(a) if style == "flattery" else style] for a in answers]
+        found = []
+        for messages in conversations:
+            answers = island.answers(messages, rng)  # the reference answer is the first
+            found.append(next(text for name, text in answers.items() if style == "reference" or name.startswith(style)))
+        return found
 
     monkeypatch.setattr(dpo.sft, "ask", ask)
     scores = dpo.preference_scores(None, TOK, island, RUN, n=60)
-    assert list(scores) == list(dpo.SCORES) and scores["words"] > 1
-    assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=0.7 if style == "reference" else 0)
+    assert {name: scores[name] for name in expected} == expected
+    assert ["reward", *scores] == list(dpo.SCORES) and scores["words"] > 1
+    scorer = lambda conversations: [0.5] * len(conversations)
+    constant = dpo.preference_scores(None, TOK, island, RUN, n=60, scorer=scorer)
+    assert constant["reward"] == 0.5 and all(dpo.score_line(name, value, value) for name, value in constant.items())
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -296,14 +310,15 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     tiny().save_pretrained(folder)
     TOK.save(folder)
-    rows = [{"prompt": f"question {i}", "chosen": "yes" + " a" * (i % 3), "rejected": "no" + " a" * (i % 3)} for i in range(40)]
+    rows = [{"prompt": f"question {i}", "chosen": "yes" + " a" * (i % 3), "rejected": "no" + " a" * (i % 3)}
+            for i in range(40)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
 def train(start, out, **settings):
-    config = dict(init=str(start), data=str(start / "pairs.jsonl"), out=str(out), steps=8, batch_size=4, lr=1e-3, warmup=1,
-                  eval_every=4, sample_every=0, save_every=3, device="cpu", dtype="float32", dropout="0.1")
+    config = dict(init=str(start), data=str(start / "pairs.jsonl"), out=str(out), steps=8, batch_size=4, lr=1e-3,
+                  warmup=1, eval_every=4, sample_every=0, save_every=3, device="cpu", dtype="float32", dropout="0.1")
     dpo.main(check(dpo.Config(**config | settings)))
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
@@ -322,7 +337,7 @@ def test_it_learns_which_answer_is_better(start, tmp_path, settings, capfd):
     assert "held-out pairs ranked right by the implicit reward: 100.0% of 4 (chance 50%)" in capfd.readouterr().out
     assert (tmp_path / ("adapter_model.safetensors" if "lora_r" in settings else "model.safetensors")).exists()
     if not settings:
-        assert steps[0]["loss"] == pytest.approx(math.log(2), abs=0.05)  # dropout is on in training, off in the reference
+        assert steps[0]["loss"] == pytest.approx(math.log(2), abs=0.05)  # dropout is on, in the policy only
 
 
 def test_resumed_equals_uninterrupted_with_the_same_reference(start, tmp_path, monkeypatch):
@@ -345,5 +360,7 @@ def test_resumed_equals_uninterrupted_with_the_same_reference(start, tmp_path, m
 
 
 def test_flags():
-    config = parse(dpo.Config, argv=["--beta", "0.3", "--loss", "ipo", "--reference-free", "--label-smoothing", "0.1", "--mix", "1"])
-    assert (config.beta, config.loss, config.reference_free, config.label_smoothing, config.mix) == (0.3, "ipo", True, 0.1, 1.0)
+    given = "--beta 0.3 --loss ipo --reference-free --label-smoothing 0.1 --mix 1 --pairs top2"
+    config = parse(dpo.Config, argv=given.split())
+    assert (config.beta, config.loss, config.reference_free, config.label_smoothing) == (0.3, "ipo", True, 0.1)
+    assert (config.mix, config.pairs) == (1.0, "top2")

@@ -16,6 +16,11 @@ def test_equal_scores_give_no_pair():
     assert all(make_pairs([4, 4, 4], how) == [] for how in WAYS)
 
 
+def test_an_unknown_way_is_refused():
+    with pytest.raises(ValueError, match="choose among all, top2, best-worst, random"):
+        make_pairs([1, 2], "best")
+
+
 def test_top2_and_best_worst_with_ties():
     scores = [7, 9, 9, 2, 7]
     assert make_pairs(scores, "top2") == [(1, 0)] and make_pairs(scores, "best-worst") == [(1, 3)]

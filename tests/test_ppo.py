@@ -1,4 +1,5 @@
 """PPO: every quantity against hand-worked numbers, brute force, or a problem whose optimum is known."""
+import json
 import math
 
 import pytest
@@ -6,8 +7,9 @@ import torch
 
 import ppo
 import trainer
+from data.tokenizer import get_tokenizer
 from errors import UserError
-from flags import check, parse
+from flags import check
 from model import GPT, GPTConfig
 
 RUN = trainer.Run(torch.device("cpu"), torch.float32)
@@ -174,3 +176,106 @@ def test_a_bandit_reaches_the_optimum_of_equation_4():
                 o.step()
                 o.zero_grad()
     assert torch.allclose(theta.softmax(0), optimum, atol=0.04)
+
+
+# ---- the whole algorithm, on a model of nothing ----------------------------------------------------------------------
+
+SMALL = dict(steps=4, batch_size=6, minibatch=4, max_new_tokens=8, save_every=2, sample_every=0, device="cpu", dtype="float32",
+             reward="readability", lr=1e-2, dropout="0.3")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder, tok = tmp_path_factory.mktemp("sft"), get_tokenizer("tiny")
+    torch.manual_seed(0)
+    GPT(GPTConfig(block_size=64, vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_embd=16)).save_pretrained(folder)
+    tok.save(folder)
+    questions = [f'{{"prompt": "{"Why? " * (1 + i % 5)}"}}' for i in range(20)]
+    (folder / "prompts.jsonl").write_text("\n".join(questions))
+    return folder
+
+
+def run_ppo(start, out, **settings):
+    settings = SMALL | dict(init=str(start), data=str(start / "prompts.jsonl"), out=str(out)) | settings
+    ppo.main(check(ppo.Config(**settings)))
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return torch.cat([p.detach().flatten() for p in GPT.from_pretrained(folder).parameters()])
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_r": 2, "nf4": True}, {"temperature": 0.7}])
+def test_every_run_starts_at_the_reference_with_ratio_1_whatever_the_dropout(start, tmp_path, capsys, settings):
+    log = run_ppo(start, tmp_path / "out", **settings)
+    assert "a ratio is" not in capsys.readouterr().out
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-4) and log[-1]["kl"] != 0
+    assert not torch.equal(weights(start), weights(tmp_path / "out"))
+
+
+def test_a_ratio_that_is_not_1_is_said(capsys):
+    logps, mask = torch.zeros(2, 3), torch.tensor([[1.0, 1, 0], [1, 0, 0]])
+    ppo.check_ratio(logps, logps + torch.tensor([0, 0, 5.0]), mask, 0, RUN)  # outside the mask
+    assert capsys.readouterr().out == ""
+    ppo.check_ratio(logps, logps + 0.01, mask, 7, RUN)
+    assert "step 7: before the first update a ratio is 1.00995" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [{"target_kl": 0.5}, {"lora_r": 2}])
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(start, tmp_path, monkeypatch, settings):
+    whole = run_ppo(start, tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        measure = ppo.measure
+        patch.setattr(ppo, "measure", lambda log, step, *a: measure(log, step, *a) if step < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_ppo(start, tmp_path / "cut", **settings)
+    cut = run_ppo(start, tmp_path / "cut", resume=True, **settings)
+    assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    timeless = lambda log: [{k: v for k, v in line.items() if not k.endswith("_s")} for line in log]
+    assert timeless(cut) == timeless(whole)
+
+
+def test_a_response_without_end_token_gets_the_missing_score(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "reading_ease", lambda text: 5.0)
+    log = run_ppo(start, tmp_path / "out", missing_eos_score=-3.0, steps=1)
+    assert log[0]["score"] == pytest.approx(5.0 * log[0]["ended"] - 3.0 * (1 - log[0]["ended"])) and log[0]["ended"] < 1
+
+
+def test_stop_kl_ends_the_run(start, tmp_path, capsys):
+    assert len(run_ppo(start, tmp_path / "out", stop_kl=1e-9, lr=0.1)) < 4
+
+
+def test_rollout_masks_the_response_and_its_end_token():
+    tok, config = get_tokenizer("tiny"), ppo.Config(max_new_tokens=6)
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig(64, tok.vocab_size, 1, 1, 8)).eval()
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    ids, mask, answers, ended = ppo.rollout(policy, tok, prompts, config, RUN, seed=0)
+    assert mask.shape == (3, ids.size(1) - 1)
+    for row, prompt in enumerate(prompts):
+        assert ids[row, :len(prompt)].tolist() == prompt
+        on = mask[row].nonzero().flatten().tolist()
+        assert on == list(range(len(prompt) - 1, len(prompt) - 1 + len(on)))  # column t is token t + 1
+        assert bool(ended[row]) == (ids[row, on[-1] + 1].item() == tok.end) and (ended[row] or len(on) == 6)
+
+
+def half_long(prompt, response):
+    return len(response) / 2
+
+
+def test_a_reward_of_the_users_own():
+    scorer = ppo.load_scorer(ppo.Config(reward=f"{__name__}:half_long"), RUN, None)
+    assert scorer([[{"role": "user", "content": "q"}, {"role": "assistant", "content": "four"}]]) == [2.0]
+
+
+@pytest.mark.parametrize("spec, words", [
+    ("gold", "cannot mark the answers"), ("nowhere:f", "No module named"), ("math:nothing", "no attribute"),
+    ("math:nan_of", "no attribute"), ("out/no-such-reward", "no-such-reward")])
+def test_a_reward_that_is_not_there_is_one_sentence(spec, words):
+    with pytest.raises(UserError, match=words):
+        ppo.load_scorer(ppo.Config(reward=spec), RUN, None)
+
+
+def test_reading_ease_is_bounded_and_wordless_answers_get_the_worst():
+    assert ppo.reading_ease("...!") == -1.0 and ppo.reading_ease("Go. Do. Be. Go. Do.") <= 1.2
+    assert ppo.reading_ease("The cat sat.") > ppo.reading_ease("Institutional considerations necessitate deliberation.")

@@ -1,4 +1,4 @@
-"""Beside TRL: the same loss and gradients as its RewardTrainer, on our folder read by transformers, chosen and rejected padded."""
+"""Beside TRL: scores, loss and gradients of its RewardTrainer, on our folder as transformers reads it."""
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -36,9 +36,10 @@ def both(seed, folder):
 def trl_loss(model, pairs):
     """RewardTrainer.compute_loss on its own batches, with what it needs of a trainer around it."""
     accelerator = SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
-    trainer = SimpleNamespace(model=model, args=SimpleNamespace(center_rewards_coefficient=None), accelerator=accelerator,
-                              _total_train_tokens=0, _metrics={"eval": defaultdict(list)})
-    loss, outputs = RewardTrainer.compute_loss(trainer, model, DataCollatorForPreference(PAD)(pairs), return_outputs=True)
+    trainer = SimpleNamespace(model=model, args=SimpleNamespace(center_rewards_coefficient=None),
+                              accelerator=accelerator, _total_train_tokens=0, _metrics={"eval": defaultdict(list)})
+    batch = DataCollatorForPreference(PAD)(pairs)
+    loss, outputs = RewardTrainer.compute_loss(trainer, model, batch, return_outputs=True)
     return loss, outputs.logits.squeeze(-1)
 
 

@@ -1,0 +1,118 @@
+"""bench.py without peers, at a toy size: that every command runs, counts what it says, and trains what it times."""
+import json
+
+import pytest
+import torch
+
+import bench
+import sft
+from errors import UserError
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A shape of its own, no peers, and the size of everything cut down."""
+    monkeypatch.setattr(bench, "SHAPES", {"toy": dict(n_layer=1, n_head=2, n_embd=16)})
+    monkeypatch.setattr(bench, "VOCABULARY", 1100)
+    monkeypatch.setattr(bench, "CONTEXT", 64)
+    monkeypatch.setattr(bench, "installed", lambda package, candidates: {})
+    monkeypatch.setattr(bench, "peak_memory", lambda *_, **__: (1.0, 2.0))
+    monkeypatch.setattr(bench, "machine", lambda: "here")
+
+
+@pytest.fixture
+def folder(toy, tmp_path):
+    """What a candidate reads: 6 rows, two batches of 3, and their prompts."""
+    args = type("Args", (), {"data": "", "tokenizer": "", "device": "cpu", "dtype": "float32"})
+    tok, examples = bench.read_rows(args, 6)
+    bench.write_folder(tmp_path, "toy", tok, args, examples=examples, batch_size=3, new_tokens=5,
+                       prompts=[ids[:mask.index(1)] for ids, mask in examples])
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["sft", "generate"])
+def test_a_command_prints_its_table(toy, capsys, command):
+    bench.main([command, "--rounds", "1", "--batch-size", "2", "--steps", "1", "--new-tokens", "3", "--device", "cpu"])
+    header, row = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert header.startswith("toy, ") and "tokens/s" in header
+    name, speed, *memory = row.rsplit(maxsplit=3)
+    assert name == "this project" and float(speed.replace(",", "")) > 0 and memory == ["1", "2"]
+
+
+def test_tokens_per_second_are_the_real_tokens(toy, capsys, monkeypatch):
+    counted = {}
+    monkeypatch.setattr(bench, "compare", lambda args, tok, title, tokens, candidates, **inputs: counted.update(
+        inputs, tokens=tokens))
+    bench.main(["sft", "--batch-size", "2", "--steps", "2"])
+    assert len(counted["examples"]) == 4
+    assert counted["tokens"] == sum(len(ids) for ids, _ in counted["examples"])  # not 4 times the longest
+    bench.main(["generate", "--batch-size", "2", "--new-tokens", "7"])
+    assert counted["tokens"] == 2 * 7
+    for (ids, mask), prompt in zip(bench.read_rows(bench_args(), 2)[1], counted["prompts"]):
+        assert prompt == ids[:len(prompt)] and mask[len(prompt)] == 1 and not any(mask[:len(prompt)])
+
+
+def bench_args():
+    return type("Args", (), {"data": "", "tokenizer": ""})
+
+
+def test_a_call_of_sft_is_one_epoch_that_changes_the_weights(folder, monkeypatch):
+    seen, models = [], []
+    real = sft.sft_loss
+
+    def spy(model, ids, mask, n):
+        models.append(model)
+        seen.extend(tuple(row[:int(m.nonzero().max()) + 1].tolist()) for row, m in zip(ids, mask))
+        return real(model, ids, mask, n)
+
+    monkeypatch.setattr(sft, "sft_loss", spy)
+    epoch = bench.our_sft(folder)
+    epoch()
+    first = models[0].h[0].mlp.c_fc.weight.clone()
+    epoch()
+    rows = [tuple(ids) for ids, _ in json.loads(open(folder + "/bench.json").read())["examples"]]
+    assert sorted(seen) == sorted(rows * 2)  # every row once an epoch, so every candidate has the same tokens
+    assert not torch.equal(first, models[0].h[0].mlp.c_fc.weight)
+
+
+def test_generate_writes_as_many_tokens_as_are_counted(folder):
+    assert [len(row) for row in bench.our_generate(folder)()] == [5] * 6
+
+
+def test_a_function_may_measure_itself():
+    calls = []
+    candidates = {"own": lambda: calls.append("own") or 7.0, "timed": lambda: calls.append("timed")}
+    seconds = bench.interleaved(candidates, rounds=2)
+    assert seconds["own"] == [7.0, 7.0] and max(seconds["timed"]) < 1
+    assert calls == ["own", "timed"] * 3  # in turn, the first time to warm up
+
+
+def test_ratio_is_formed_within_the_round():
+    assert bench.ratio([1.0, 2.0, 4.0], [2.0, 6.0, 4.0]) == "2.00 (1.00-3.00)"
+
+
+def test_peak_memory_is_of_the_work_not_of_this_process():
+    ballast = torch.ones(64 * 2 ** 20)  # 256 MB here must not count there
+    peaks = bench.peak_memory("import torch", "x = torch.ones(25 * 2 ** 20)")  # 100 MB
+    if peaks is None:
+        pytest.skip("this system does not tell a process its peak")
+    assert 80 < peaks[1] - peaks[0] < 150
+    assert peaks[1] < 200 + 256 + 100 and len(ballast)
+
+
+def test_nf4_prints_its_tables(toy, capsys, monkeypatch):
+    real = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: real(*(min(n, 64) for n in shape), **options))
+    monkeypatch.setattr(bench, "try_compile", lambda *_: {})
+    bench.main(["nf4", "--rounds", "1"])
+    out = capsys.readouterr().out
+    assert "quantize_nf4, double" in out and "the same as NF4Linear" in out
+
+
+@pytest.mark.parametrize("flags, words", [(["--rounds", "0"], "--rounds 0"), (["--steps", "-1"], "--steps -1"),
+                                          (["--batch-size", "9000"], "smaller --batch-size")])
+def test_impossible_values_are_one_sentence(toy, tmp_path, flags, words):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    with pytest.raises(UserError, match=words):
+        bench.main(["sft", "--data", str(data), "--tokenizer", "tiny", *flags])
