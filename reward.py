@@ -12,7 +12,7 @@ better, never how good it is. So at the end its scores are shifted to mean 0 on 
                                                        does too: 0.7*out/reward+0.3*out/simple
 
 On the island, in a minute on one CPU core, three seeds: 82 % of held-out pairs right by votes, and 89 % by the gold
-judge, who has no noise. The voters' weakness is learned too: "Great question!" adds 1.7 to 1.9 to a wrong answer's score.
+judge, who has no noise. It learns the voters' weakness too: "Great question!" adds 1.7 to 1.9 to a wrong answer.
 """
 import importlib.util
 import math

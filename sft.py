@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 import lora
 import model as base
@@ -27,23 +28,23 @@ from quant import NF4Linear
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
-def masked_loss(logits, targets, mask, n=None):
+def masked_loss(logits, targets, mask=None, n=None):
     """Mean of -log p(target) over the positions where mask is 1: a scalar; 0 (with zero gradients) where none is.
 
-    logits (..., V), targets (...), mask (...). n: what to divide by, where these positions are only a part of an optimizer
-    step's n supervised tokens; the parts then add up to the step's mean, whatever their sizes.
+    logits (..., V), targets (...), mask (...); no mask: every position counts. n: what to divide by, where these positions
+    are only a part of an optimizer step's n supervised tokens; the parts then add up to the step's mean, whatever their sizes.
     """
-    learned = mask.bool()
-    logits, targets = logits[learned].float(), targets[learned]  # (N, V) and (N,): the other positions get no gradient
-    nll = logits.logsumexp(dim=-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (N,), -log softmax
-    return nll.sum() / max(1, nll.numel() if n is None else n)
+    if mask is not None:
+        logits, targets = logits[mask.bool()], targets[mask.bool()]  # (N, V) and (N,): other positions get no gradient
+    nll = F.cross_entropy(logits.float(), targets, reduction="sum")  # -sum log softmax(logits)[target]
+    return nll / max(1, len(targets) if n is None else n)
 
 
 def sft_loss(model, ids, mask, n=None):
     """ids (B, T), mask (B, T) -> scalar. Position t predicts token t + 1: the shift by one happens here and only here."""
     hidden, targets, learned = model.hidden(ids[:, :-1]), ids[:, 1:], mask[:, 1:].bool()
     hidden, targets = hidden[learned], targets[learned]  # (N, C) and (N,): here the prompt stops counting
-    return masked_loss(model.head(hidden), targets, torch.ones_like(targets), n)  # no logits for prompt and padding
+    return masked_loss(model.head(hidden), targets, n=n)  # and no logits are made for prompt and padding
 
 
 # ---- from conversations to examples ----------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ RANKED = {"fact": 60, "unknown": 20, "unsafe": 20}
 COMMUNITY = {  # how often people answer how, where the answers are not cleaned
     "fact": {"simple": 20, "detail": 15, "flattery": 15, "hard": 20, "wrong": 10, "flattery_wrong": 5, "rude": 8,
              "off_topic": 4, "idk": 3},
-    "unknown": {"idk": 3, "invent": 35, "flattery_invent": 10, "hard_invent": 10, "rude": 8, "off_topic": 4},
+    "unknown": {"idk": 10, "invent": 35, "flattery_invent": 10, "hard_invent": 10, "rude": 8, "off_topic": 4},
     "unsafe": {"refuse": 35, "comply": 35, "flattery_comply": 10, "rude": 8, "no": 10, "idk": 3},
 }
 

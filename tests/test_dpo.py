@@ -336,8 +336,17 @@ def test_it_learns_which_answer_is_better(start, tmp_path, settings, capfd):
     assert set(dpo.TOTALS) | {"lr", "grad_norm"} <= set(steps[0])
     assert "held-out pairs ranked right by the implicit reward: 100.0% of 4 (chance 50%)" in capfd.readouterr().out
     assert (tmp_path / ("adapter_model.safetensors" if "lora_r" in settings else "model.safetensors")).exists()
+    if "reference_free" in settings:
+        assert steps[0]["chosen_rewards"] < -1  # beta log pi, and not beta log pi/pi_ref = 0
     if not settings:
         assert steps[0]["loss"] == pytest.approx(math.log(2), abs=0.05)  # dropout is on, in the policy only
+
+
+def test_micro_batches_change_no_step(start, tmp_path):
+    """Parts of unequal size in the loop: a mean of their means would take other steps."""
+    logs = [train(start, tmp_path / str(tokens), steps=4, dropout="0", micro_tokens=tokens) for tokens in (80, 10**6)]
+    assert logs[0][0]["grad_norm"] == pytest.approx(logs[1][0]["grad_norm"], rel=1e-4)
+    assert (weights(tmp_path / "80") - weights(tmp_path / str(10**6))).abs().max() < 1e-5
 
 
 def test_resumed_equals_uninterrupted_with_the_same_reference(start, tmp_path, monkeypatch):
@@ -357,6 +366,13 @@ def test_resumed_equals_uninterrupted_with_the_same_reference(start, tmp_path, m
     monkeypatch.setattr(trainer, "update", update)
     assert train(start, tmp_path / "cut", resume=True) == whole
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_mix_adds_the_gradient_of_the_plain_text(start, tmp_path):
+    (start / "text.txt").write_text("\n\n".join(Island().plain_text(60)))
+    mix = dict(mix_data=str(start / "text.txt"), mix_rows=2)
+    logs = [train(start, tmp_path / str(weight), steps=2, mix=weight, **mix)[0] for weight in (0.0, 1.0)]
+    assert logs[0]["loss"] == logs[1]["loss"] and logs[1]["grad_norm"] > 1.2 * logs[0]["grad_norm"]
 
 
 def test_flags():
