@@ -10,7 +10,15 @@ Terry's model of a vote, and the loss of reward.py becomes a loss on the policy 
     python dpo.py --flattery 0 --out out/dpo-fair  the same, voted for by people who do not fall for praise
     python dpo.py --data my.jsonl --init out/sft   your pairs: `python data/files.py my.jsonl --want ranked` checks them
 
-NUMBERS
+The island, seeds 0, 1, 2 (55 seconds of one core each): the implicit reward beta log pi/pi_ref ranks 81 to 83 % of
+held-out pairs as the voters did. The gold judge's mean rises from 5.2 to 6.9, 7.0 and 7.1; 0 to 1 % of unsafe requests
+find help, 65 % before. But the voters like "Great question!": praise goes from 9 to 34 ... 36 %, and answers from 7 to
+13 ... 15 words. With --flattery 0 praise falls to 5 % and gold reaches 7.2. With --beta 0.1 answers have 19 ... 23
+words, sentences repeat, and gold stays at 6.0 to 6.5: further from the reference is not better.
+
+Both log-probabilities fall, of held-out chosen answers by 1.3 ... 1.9 nats, of rejected ones by 5.1 ... 5.8: the loss
+asks for a difference only, and two answers to one question share words, so what pushes one down takes the other along.
+The probability goes to answers that nobody has voted on, here longer ones: watch samples, not just the margin.
 """
 import math
 import random
@@ -244,7 +252,7 @@ def score_line(name, *values):
 class Config(reward.RankedConfig):
     out: str = "out/dpo"  # folder for the checkpoint and log.jsonl
     loss: str = "sigmoid"  # sigmoid (DPO), ipo, hinge or robust
-    beta: float = 0.1  # how dear it is to leave the reference: the smaller, the further the policy goes
+    beta: float = 0.3  # price of leaving the reference: the smaller, the further the policy goes
     label_smoothing: float = 0.0  # share of pairs believed to be labelled wrongly (sigmoid: conservative DPO; robust)
     reference_free: bool = False  # compare with the uniform distribution instead of the start
     lr: float = 0.0  # highest learning rate; 0: by the model's width (1e-4 at 128, 1.7e-5 at 768; adapters 4 times)
@@ -319,9 +327,10 @@ def report(model, tok, held, before, island, config, run):
         for name, after in preference_scores(model, tok, island, run).items():
             run.print(score_line(name, before[name], after))
         if config.flattery and config.aspect == "score":
-            run.print("the voters like praise, true or not, so it comes too, and the answers grow longer")
+            run.print("the voters like praise, whether the answer is right or not: so it comes too, and length with it")
     run.print(f"\nthe model is in {config.out}. Next:\n"
               f"   python dpo.py --flattery 0 --out out/dpo-fair    voters who do not fall for praise\n"
+              f"   python dpo.py --beta 0.1 --out out/dpo-far       further from the reference: what gives way first?\n"
               f"   python ppo.py                                    the same votes through a reward model")
 
 

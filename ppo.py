@@ -281,6 +281,8 @@ def load_prompts(config, tok, block_size, say):
 def load_models(config, run):
     """-> tokenizer, policy, reference (called, gives the frozen model within `with`), and value model."""
     policy, tok = reward_model.load_start(config, run)
+    if config.reward == Config.reward:
+        trainer.ensure(config.reward, reward_model, config, run)
     if config.lora_r:  # one set of base weights is both: without its adapters the policy is the SFT model
         reference = lambda: lora.lora_off(policy)
     else:

@@ -349,6 +349,7 @@ def validation_loss(model, ids):
 
 
 def print_codebook(block):
+    """How the 16 levels come about, and what they cost on normally distributed weights."""
     derived = derive_codebook()
     print(f"offset = ((1 - 1/30) + (1 - 1/32)) / 2 = {OFFSET:.6f}: the outermost probability\n"
           "levels = normal quantiles of 8 probabilities above 1/2 and 7 below it, and 0, over the largest quantile\n\n"
@@ -365,6 +366,7 @@ def print_codebook(block):
 
 
 def print_checkpoint(folder, block):
+    """Error per layer, bits per weight and the change in held-out loss of a checkpoint."""
     from data.island import Island
     from data.tokenizer import get_tokenizer
     from model import GPT
@@ -386,6 +388,7 @@ def print_checkpoint(folder, block):
 
 
 def plot(folder, block, file):
+    """Draws the codebook over the histogram of a checkpoint's weights."""
     try:
         import matplotlib
     except ImportError:

@@ -189,8 +189,9 @@ def load_init(config, run):
     if config.lora_r:
         torch.manual_seed(config.seed)
         trained = lora.add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_targets, tokens=tok.new_ids)
-        run.print(f"adapters of rank {config.lora_r}: {trained:,} trained parameters beside "
-                  f"{sum(p.numel() for p in model.parameters()) - trained:,} frozen ones" + (" and the 4-bit weights" if config.nf4 else ""))
+        frozen = sum(p.numel() for p in model.parameters()) - trained
+        run.print(f"adapters of rank {config.lora_r}: {trained:,} trained parameters beside {frozen:,} frozen ones"
+                  + (" and the 4-bit weights" if config.nf4 else ""))
     tok.new_ids = []  # from here on they are trained
     return model.train(), tok
 

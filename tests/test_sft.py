@@ -25,7 +25,8 @@ RUN = trainer.Run(torch.device("cpu"), torch.float32)
 
 def rows_of(n, longest=9):
     """Conversations of many lengths; every fifth has two turns."""
-    row = lambda i: [{"role": "user", "content": "word " * (1 + i * 7 % longest)}, {"role": "assistant", "content": "yes " * (1 + i * 3 % longest)}]
+    row = lambda i: [{"role": "user", "content": "word " * (1 + i * 7 % longest)},
+                     {"role": "assistant", "content": "yes " * (1 + i * 3 % longest)}]
     return [{"messages": row(i) + (row(i + 1) if i % 5 == 0 else [])} for i in range(n)]
 
 

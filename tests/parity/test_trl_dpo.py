@@ -94,7 +94,7 @@ def test_conservative_dpo_is_trls_loss_on_both_labels(tmp_path):
     other = {"chosen": "rejected", "rejected": "chosen"}
     swap = lambda name: "_".join(other.get(word, word) for word in name.split("_"))  # also in ref_chosen_logps
     swapped = [{swap(name): value for name, value in row.items()} for row in rows]
-    our = our_loss(ours, pairs, label_smoothing=0.2)[0]
+    our = our_loss(ours, pairs, beta=0.1, label_smoothing=0.2)[0]
     plain, other_way = (trl_loss(theirs, part, "sigmoid", 0.1, 0.0)[0] for part in (rows, swapped))
     their = 0.8 * plain + 0.2 * other_way
     assert our.item() == pytest.approx(their.item(), rel=1e-4)
