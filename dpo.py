@@ -21,7 +21,6 @@ asks for a difference only, and two answers to one question share words, so what
 The probability goes to answers that nobody has voted on, here longer ones: watch samples, not just the margin.
 """
 import math
-import random
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -33,7 +32,6 @@ import reward
 import sft
 import trainer
 from data.island import complies, flatters, plain_words, refuses, says_unknown
-from data.pairs import make_pairs
 from errors import UserError
 from flags import parse
 from model import save_checkpoint, token_logps
@@ -104,35 +102,17 @@ class Answer:
 
 
 def make_examples(rows, tok, longest, config, say=print):
-    """Ranked rows -> [(chosen, rejected), ...], two Answers each; says how many answers are over `longest` tokens.
-
-    Where a conversation has to lose its oldest turns to fit, all its answers lose the same: they stay answers to one
-    question.
-    """
-    pairs, too_long, used = [], 0, 0
-    for i, row in enumerate(rows):
-        whole = [(reward.answered(row, answer), answer["score"]) for answer in row["answers"]]
-        fitting = [(sft.fit(messages, lambda m: tok.render(m)[0], longest), score) for messages, score in whole]
-        fitting = [(messages, score) for messages, score in fitting if messages is not None]
-        too_long += len(whole) - len(fitting)
-        prompt = min((messages[:-1] for messages, _ in fitting), key=len, default=[])
-        answers = [make_answer(prompt, messages[-1], tok) for messages, _ in fitting]
-        rng = random.Random(f"{config.seed} {i}")
-        places = make_pairs([score for _, score in fitting], config.pairs, config.max_pairs, rng)
-        pairs += [(answers[chosen], answers[rejected]) for chosen, rejected in places]
-        used += bool(places)
-    if too_long:
-        say(f"{too_long:,} answers dropped: with their question they are over {longest} tokens")
-    if not pairs:
-        raise UserError(f"no question has two answers of different scores that fit {longest} tokens: look at --data, "
-                        "--aspect and --init")
-    say(f"{used:,} of {len(rows):,} questions give {len(pairs):,} pairs of answers")
-    return pairs
+    """Ranked rows -> [(chosen, rejected), ...], two Answers each; says which answers were left out (reward.compare)."""
+    examples = []
+    for prompt, answers, pairs in reward.compare(rows, tok, longest, config, say):
+        made = {k: make_answer(prompt, answers[k], tok) for pair in pairs for k in pair}
+        examples += [(made[chosen], made[rejected]) for chosen, rejected in pairs]
+    return examples
 
 
-def make_answer(prompt, message, tok):
+def make_answer(prompt, answer, tok):
     """Earlier answers in the prompt are context: only the last one was preferred, so only that one is masked in."""
-    start, ids = len(tok.render_prompt(prompt)), tok.render(prompt + [message])[0]
+    start, ids = len(tok.render_prompt(prompt)), tok.render(reward.answered({"prompt": prompt}, answer))[0]
     return Answer(ids, [0] * start + [1] * (len(ids) - start))
 
 

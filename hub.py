@@ -69,15 +69,17 @@ def open_weights(folder):
     where = {}
     try:
         for file in sorted(files):
-            opened = safe_open(folder / file, framework="pt")
-            where |= {key.removeprefix("transformer."): (opened, key) for key in opened.keys()}
+            with safe_open(folder / file, framework="pt") as opened:
+                where |= {key.removeprefix("transformer."): (file, key) for key in opened.keys()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}/{file} is damaged ({error}): write or download it again")
 
     def read(name):
         if name not in where:
             raise UserError(f"{folder}: model.safetensors lacks {name}, so it is not a whole GPT-2 checkpoint")
-        opened, key = where[name]
-        return opened.get_tensor(key)
+        file, key = where[name]
+        # opened anew each time: what has been read of an open file stays in memory, at the end the whole file
+        with safe_open(folder / file, framework="pt") as opened:
+            return opened.get_tensor(key)
 
     return read

@@ -176,11 +176,12 @@ class GPT(nn.Module):
         with torch.device("meta"):  # shapes only: no memory, no time spent on random numbers
             model = cls(config)
         read = hub.open_weights(folder)
-        for path, module in list(model.named_modules()):
+        for path in [path for path, _ in model.named_modules()]:  # paths only: a list of modules would keep replaced ones alive
+            module = model.get_submodule(path)
             for name, parameter in list(module.named_parameters(recurse=False)):
                 tensor = read(f"{path}.{name}").float()
                 # GPT-2 was written with a layer of its own (Conv1D) that keeps its weight as (in, out)
-                tensor = tensor.t().contiguous() if isinstance(module, nn.Linear) and name == "weight" else tensor
+                tensor = tensor.t().contiguous() if isinstance(module, nn.Linear) and name == "weight" else tensor.clone()
                 if tensor.shape != parameter.shape:
                     raise UserError(f"{folder}: {path}.{name} has shape {tuple(tensor.shape)}, but config.json says "
                                     f"{tuple(parameter.shape)}: the two files are not of one model")

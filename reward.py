@@ -200,10 +200,9 @@ def fit_answers(row, tok, longest):
     return shortest[:-1], [answer for _, answer in fitting]
 
 
-def make_questions(rows, tok, longest, config, say=print):
-    """Ranked rows -> [(answers, pairs), ...]: ids of whole conversations, end token included, and which beats which.
-
-    Left out are answers that are in no pair, and answers of over `longest` tokens: nobody has ranked a part of them.
+def compare(rows, tok, longest, config, say=print):
+    """Ranked rows -> [(prompt, answers, pairs), ...]: which of a question's answers beats which, as --pairs and --max-pairs
+    say. Left out, and said, are answers of over `longest` tokens: nobody has ranked a part of them.
     """
     questions, too_long = [], 0
     for i, row in enumerate(rows):
@@ -211,17 +210,26 @@ def make_questions(rows, tok, longest, config, say=print):
         too_long += len(row["answers"]) - len(answers)
         rng = random.Random(f"{config.seed} {i}")
         pairs = make_pairs([answer["score"] for answer in answers], config.pairs, config.max_pairs, rng)
-        used = sorted({k for pair in pairs for k in pair})
         if pairs:
-            ids = [tok.render(answered({"prompt": prompt}, answers[k]))[0] for k in used]
-            questions.append((ids, [(used.index(w), used.index(l)) for w, l in pairs]))
+            questions.append((prompt, answers, pairs))
     if too_long:
         say(f"answers dropped because they and their question are over {longest} tokens: {too_long:,}")
     if not questions:
         raise UserError(f"no question has two answers of different scores that fit {longest} tokens: look at --data "
                         "and --aspect, or take a model with a longer context (--init)")
-    n = sum(len(pairs) for _, pairs in questions)
+    n = sum(len(pairs) for *_, pairs in questions)
     say(f"{len(questions):,} of {len(rows):,} questions give {n:,} pairs of answers")
+    return questions
+
+
+def make_questions(rows, tok, longest, config, say=print):
+    """Ranked rows -> [(answers, pairs), ...]: ids of whole conversations, end token included, of the answers that are in a
+    pair, and which beats which."""
+    questions = []
+    for prompt, answers, pairs in compare(rows, tok, longest, config, say):
+        used = sorted({k for pair in pairs for k in pair})
+        ids = [tok.render(answered({"prompt": prompt}, answers[k]))[0] for k in used]
+        questions.append((ids, [(used.index(w), used.index(l)) for w, l in pairs]))
     return questions
 
 

@@ -203,7 +203,7 @@ def test_long_conversations_lose_the_same_turns_for_all_answers():
     said = []
     limit = len(TOK.render([*old, says("user", "new"), says("assistant", "short")])[0])
     (chosen, rejected), = examples([row], limit, said.append)
-    assert "1 answers dropped" in said[0]
+    assert "over 23 tokens: 1" in said[0]
     start = len(TOK.render_prompt([says("user", "new")]))
     assert chosen.ids[:start] == rejected.ids[:start] and "old" not in TOK.encoding.decode(chosen.ids + rejected.ids)
     with pytest.raises(UserError, match="two answers of different scores that fit 3 tokens"):
