@@ -10,6 +10,14 @@ below: roll out, score, estimate advantages, update.
     python ppo.py                          the island (whatever earlier stages are missing run first)
     python ppo.py --beta 0 --out out/ppo-no-penalty      the same without the penalty: it learns to please the reward model
     python ppo.py --data prompts.jsonl --init gpt2 --reward readability      your prompts, another reward
+
+What to see on the island, answers to 400 held-out questions at temperature 1 (@@PPOWHERE@@):
+
+@@PPOTABLE@@
+
+Without the penalty the reward rises most and the answers get worst: the policy leaves the texts that the reward model was
+trained on, finds what it overrates ("Great question!", refusals for everybody, long answers), and says little else. The
+penalty keeps it near texts for which the reward still means something.
 """
 import importlib
 import math

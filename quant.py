@@ -126,8 +126,14 @@ def _in_pieces(work, n, block, device):
         for start in starts:
             work(start, min(start + step, n))
         return
+    inference = torch.is_inference_mode_enabled()  # torch keeps this per thread: a new thread would not inherit it
+
+    def piece(start):
+        with torch.inference_mode(inference), torch.no_grad():
+            work(start, min(start + step, n))
+
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda start: work(start, min(start + step, n)), starts))  # list: raises what a thread raised
+        list(pool.map(piece, starts))  # list: raises what a thread raised
 
 
 @torch.no_grad()

@@ -392,3 +392,18 @@ def test_quantizing_on_the_gpu_gives_the_same_bytes():
     layer, dense = pair(640, 100)
     x = weight.view(-1, 640)
     torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), dense(x), rtol=1e-4, atol=1e-4)
+
+
+def test_threads_work_in_inference_mode_too():
+    """Grad and inference mode are per thread; a weight of many pieces is shared out among threads."""
+    weight = torch.randn(3 * quant.PIECE, generator=torch.Generator().manual_seed(0))
+    expected = quant.dequantize_nf4(quant.quantize_nf4(weight))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with torch.inference_mode():
+            inside = quant.dequantize_nf4(quant.quantize_nf4(weight))
+        outside = quant.dequantize_nf4(quant.quantize_nf4(weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(inside, expected) and torch.equal(outside, expected)
