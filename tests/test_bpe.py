@@ -1,10 +1,9 @@
 """Byte-pair encoding: merges worked out by hand, and the shipped tokens of the island."""
+import random
 
 import pytest
 import regex
 import tiktoken
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 
 from data import bpe
@@ -83,10 +82,11 @@ def test_tiktoken_encodes_as_we_trained():
         assert [ranks[token] for token in row] == tok.encode_ordinary(word), word
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.text())
-def test_round_trip_of_any_text(tiny, text):
-    assert tiny.decode(tiny.encode_ordinary(text)) == text
+def test_round_trip_of_any_text(tiny):
+    rng, planes = random.Random(0), [(0, 128), (0x80, 0xD800), (0xE000, 0x110000)]  # all of Unicode but the surrogates
+    for _ in range(300):
+        text = "".join(chr(rng.randrange(*rng.choice(planes))) for _ in range(rng.randrange(30)))
+        assert tiny.decode(tiny.encode_ordinary(text)) == text
 
 
 def test_shipped_file_is_what_training_gives(tmp_path):
