@@ -28,10 +28,13 @@ on, finds what it overrates ("Great question!", "I do not know", many words), an
 texts for which the reward still means something. Neither creates knowledge: residents are right as often as before.
 """
 import importlib
+import importlib.util
+import json
 import math
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -393,8 +396,28 @@ def measure(log, step, asked, mask, scores, ended, fixed, updates, adaptive, isl
     return kl
 
 
+def plot_log(folder):
+    """Draws score and gold against the KL, a point an iteration, into the folder -> the picture's path, None without matplotlib."""
+    if not importlib.util.find_spec("matplotlib"):
+        return None
+    from matplotlib.figure import Figure  # not pyplot: that one looks for a display
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in [name for name in ("score", "gold") if name in lines[0]]:
+        axes.plot([line["kl"] for line in lines], [line[name] for line in lines], "o-", markersize=3, linewidth=0.5, label=name)
+    axes.set(xlabel="KL of a response from the SFT model", ylabel="mean over an iteration")
+    axes.legend()
+    path = Path(folder) / "score_and_kl.png"
+    figure.savefig(path)
+    return path
+
+
 def report(policy, tok, scorer, island, config, run):
     """What came out, beside the SFT model, and what to do next."""
+    picture = plot_log(config.out)
+    if picture:
+        run.print(f"score against KL, as a picture: {picture}")
     if island:
         start = GPT.from_pretrained(config.init).to(run.device)
         before, after = (preference_scores(model, tok, island, run, scorer=scorer) for model in (start, policy))

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import signal
+import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -327,7 +328,7 @@ class Log:
         except ValueError:  # not the main thread (a notebook, a test)
             before = None
         self.bar = tqdm(total=self.total, initial=self.next, desc=self.config.out, disable=self.run.rank != 0,
-                        dynamic_ncols=True, mininterval=0.5)
+                        dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15)
         try:
             for step in range(self.next, self.total):
                 yield step
