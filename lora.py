@@ -12,9 +12,18 @@ to the weight, once, and which weight that is decides what one gets:
     python lora.py --adapter out/sft-lora --out out/merged    merges an adapter into the base that it names
     python lora.py --adapter out/sft-lora --compare           what both merges change, against the unmerged model
 
-The tiny model of the island after QLoRA (r 16): the careful merge moves no logit by more than 5e-5. The simple merge
-moves them by 0.19 on average and changes 1.8 % of the likeliest tokens; strangers are met with "I do not know" in 79 %
-of the cases, not in 85 %. The adapter's file has 0.5 MB, the base's 3.8.
+On the island (python sft.py, with --lora-r 16, with --nf4 too; 350 steps; seeds 0, 1, 2; one thread of a CPU):
+
+                   trained parameters     file   CPU seconds   held-out facts   questions about itself
+    all weights               941,440   3.8 MB            65            100 %                    100 %
+    LoRA                      131,584   0.5 MB            71            100 %              77 ... 81 %
+    QLoRA                     131,584   0.5 MB            84            100 %              65 ... 77 %
+
+Facts come from the base; what is new, such as its name, takes longer to learn at rank 16. After QLoRA (seed 0) the careful
+merge moves no logit by more than 4e-5, the simple one by 0.17 on average, and it changes 1.7 % of the likeliest tokens.
+Memory is not saved at this size (0.8 GB each, mostly activations and Python) but where weights count: a model of GPT-2 XL's
+shape, 6.2 GB as floats, is read, quantized and takes a QLoRA step of two short rows in 2.4 GB; all weights with AdamW: 25 GB.
+
 Adapters are stored as PEFT stores them: PEFT reads ours, we read its (tests/parity).
 """
 import json
