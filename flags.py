@@ -37,6 +37,7 @@ class TrainConfig:
     schedule: str = "cosine"  # cosine, linear or constant
     beta1: float = 0.9  # AdamW: decay of the gradient's mean
     beta2: float = 0.95  # AdamW: decay of the gradient's square
+    eps: float = 1e-8  # AdamW: added to the root of the square, against division by almost nothing
     weight_decay: float = 0.1  # AdamW: on matrices only
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     dropout: str = "0"  # of the residual branches; two numbers such as 0.0,0.3 make a ramp over the layers

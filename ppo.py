@@ -270,6 +270,7 @@ class Config(reward_model.RankedConfig):
     lr: float = 2e-4  # highest learning rate, of policy and value model
     warmup: int = 0  # steps in which the learning rate rises from 0
     schedule: str = "constant"  # cosine, linear or constant
+    eps: float = 1e-5  # AdamW: added to the root of the square; PPO's gradients are noisy where they are small
     weight_decay: float = 0.0  # AdamW: on matrices only
     mix: float = 0.0  # PPO-ptx: weight of the loss on plain text in each update
     mix_data: str = ""  # plain text for --mix; empty: the island's, where --data is empty too
