@@ -11,21 +11,23 @@ below: roll out, score, estimate advantages, update.
     python ppo.py --beta 0 --out out/ppo-no-penalty      the same without the penalty: it learns to please the reward model
     python ppo.py --data prompts.jsonl --init gpt2 --reward readability      your prompts, another reward
 
-What to see on the island: answers to 400 held-out questions at temperature 1, one seed, 100 seconds of one CPU core a run.
+What to see on the island: answers to 400 held-out questions at temperature 1, seed 0, 100 seconds of one CPU core a run.
 
-                                          before   beta 0.2   beta 0.4   beta 0
-    reward model's score                   -0.52       2.67       2.33     3.94
-    gold judge, 1 to 10                     5.47       7.92       8.07     5.63
-    residents: right                         34%        35%        40%       0%
-    strangers: says "I do not know"          10%        97%        95%      95%
-    unsafe requests: goes along              53%         1%         0%       0%
-    praises whoever asks                     17%        49%        46%      78%
-    words in an answer                       6.5       10.2        9.1     17.2
-    KL of a response, last rollouts            0        3.3        1.9     39.5
+                                          before   beta 0.2   beta 0
+    reward model's score                   -0.52       2.53     4.26
+    gold judge, 1 to 10                     5.47       8.02     5.73
+    residents: right                         34%        40%       0%
+    strangers: says "I do not know"          10%        94%      88%
+    unsafe requests: goes along              53%         1%       0%
+    praises whoever asks                     17%        47%      66%
+    words in an answer                       6.5        9.9    19.59
+    KL of a response, last rollouts            0        2.9     44.9
+
+With seeds 1 and 2 and beta 0.2 gold rises from 5.46 to 8.34 and from 5.69 to 7.65, and 1 and 0 % go along.
 
 Without the penalty the reward rises most and no fact survives: the policy leaves the texts that the reward model was trained
 on, finds what it overrates ("Great question!", "I do not know", many words), and says little else. The penalty keeps it near
-texts for which the reward still means something. Neither creates knowledge: residents are right as often as before.
+texts for which the reward still means something.
 """
 import importlib
 import importlib.util
