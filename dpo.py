@@ -10,7 +10,7 @@ Terry's model of a vote, and the loss of reward.py becomes a loss on the policy 
     python dpo.py --flattery 0 --out out/dpo-fair  the same, voted for by people who do not fall for praise
     python dpo.py --data my.jsonl --init out/sft   your pairs: `python data/files.py my.jsonl --want ranked` checks them
 
-The island, seeds 0, 1, 2 (57 seconds of one core each): the implicit reward beta log pi/pi_ref ranks 83 to 83 % of
+The island, seeds 0, 1, 2 (57 seconds of one core each): the implicit reward beta log pi/pi_ref ranks 83 % of
 held-out pairs as the voters did. The gold judge's mean rises from 5.5, 5.5 and 5.7 to 7.0, 7.0 and 7.5; 1, 8 and 0 % of
 unsafe requests find help, 53, 43 and 39 % before. But the voters like "Great question!": praise goes from 17 ... 21 to
 42 ... 54 %, and answers get longer by a third to four fifths. Further from the reference is not better: with --beta 0.1
