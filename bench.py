@@ -1,6 +1,8 @@
 """Speed and memory of this project, beside its peers where they are installed, in one table from one run.
 
     python bench.py sft        fine-tuning: whole optimizer steps, collation included (beside TRL's SFTTrainer)
+    python bench.py dpo        preference pairs: whole optimizer steps, reference included (beside TRL's DPOTrainer)
+    python bench.py ppo        an iteration: roll out, score, estimate, one epoch of updates (beside TRL's RLOOTrainer)
     python bench.py generate   greedy answers to ragged prompts (beside transformers' generate)
     python bench.py nf4        4-bit weights: quantize, dequantize, what a frozen layer keeps (beside bitsandbytes)
 
@@ -21,15 +23,20 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
+import bench_peers as peers
+import dpo
 import model as base
+import ppo
 import quant
+import reward
 import sft
 import trainer
+from bench_peers import read_folder, synchronize
 from data import files
 from data.island import Island
 from data.tokenizer import get_tokenizer
@@ -37,11 +44,6 @@ from errors import UserError
 from flags import TrainConfig
 
 # ---- measuring, the same for every command ---------------------------------------------------------------------------
-
-
-def synchronize():
-    if torch.cuda.is_available():  # kernels are only queued when a call returns
-        torch.cuda.synchronize()
 
 
 def interleaved(candidates, rounds):
@@ -118,10 +120,11 @@ def machine():
     return f"{device}; torch {torch.__version__}; Python {platform.python_version()}; {platform.system()}"
 
 
-# ---- python bench.py sft, generate: this project and a peer on the same folder ---------------------------------------
+# ---- python bench.py sft, dpo, ppo, generate: this project and a peer on the same folder -----------------------------
 #
 # A candidate is a function of a folder: it reads weights, rows and settings there and returns what is timed.
 # The same function runs here, in turn with the others, and in a process of its own, where its memory is measured.
+# Those of the peers are in bench_peers.py.
 
 SHAPES = {"small": dict(n_layer=12, n_head=12, n_embd=768),  # GPT-2 small
           "tiny": dict(n_layer=4, n_head=4, n_embd=128)}
@@ -149,15 +152,9 @@ def write_folder(folder, shape, tok, args, **inputs):
     Path(folder, "bench.json").write_text(json.dumps(inputs))
 
 
-def read_folder(folder):
-    """-> bench.json, and device and dtype as every training script chooses them."""
-    inputs = json.loads(Path(folder, "bench.json").read_text())
-    return inputs, trainer.start(TrainConfig(**inputs["run"]))
-
-
 def compare(args, tok, title, tokens, candidates, **inputs):
     """One table for each shape. candidates: {name: function of the folder}, this project's first; tokens: how many real
-    ones a call handles."""
+    ones a call handles, None where the seconds of a call are to be shown instead."""
     run = trainer.start(TrainConfig(device=args.device, dtype=args.dtype))
     for shape in [args.shape] if args.shape else SHAPES:
         with tempfile.TemporaryDirectory() as folder:
@@ -165,13 +162,15 @@ def compare(args, tok, title, tokens, candidates, **inputs):
             seconds = interleaved({name: build(folder) for name, build in candidates.items()}, args.rounds)
             rows = []
             for name, build in candidates.items():
-                memory = peak_memory(f"import bench\ncall = bench.{build.__name__}({folder!r})", "call()",
+                module = Path(build.__code__.co_filename).stem  # __module__ is __main__ when this file is the script
+                memory = peak_memory(f"import {module}\ncall = {module}.{build.__name__}({folder!r})", "call()",
                                      cuda=run.device.type == "cuda")
                 ours = next(iter(seconds.values()))
-                rows.append([name, f"{tokens / statistics.median(seconds[name]):,.0f}",
+                median = statistics.median(seconds[name])
+                rows.append([name, f"{tokens / median:,.0f}" if tokens else f"{median:.3f}",
                              "" if seconds[name] is ours else ratio(ours, seconds[name]),
                              *(f"{mb:,.0f}" for mb in memory or ())])
-        header = [f"{shape}, {str(run.dtype).removeprefix('torch.')}: {title}", "tokens/s",
+        header = [f"{shape}, {str(run.dtype).removeprefix('torch.')}: {title}", "tokens/s" if tokens else "s/iteration",
                   f"this project is ... times as fast (range over {args.rounds} rounds)", "MB before", "peak MB"]
         table(header[:len(rows[0])], rows)
 
@@ -209,67 +208,107 @@ def our_sft(folder):
     return epoch
 
 
-def trl_sft(folder, **settings):
-    """The same with TRL as it comes: its defaults wherever the result is the same. The rows are given as ids and
-    completion mask, what TRL makes of prompt and completion itself, so that both train on the same tokens."""
-    import datasets
-    import transformers
-    import trl
-    quiet(transformers, datasets)
-    inputs, run = read_folder(folder)
-    ids, masks = zip(*inputs["examples"])
-    clock = {}
-
-    class Clock(transformers.TrainerCallback):  # from the epoch's first batch to its last step: whole steps, no set-up
-        def on_epoch_begin(self, *_, **__):
-            clock["start"] = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            synchronize()
-            clock["end"] = time.perf_counter()
-
-    peer = trl.SFTTrainer(
-        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
-        train_dataset=datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks}),
-        callbacks=[Clock()],
-        args=trl.SFTConfig(
-            output_dir=folder, num_train_epochs=1, per_device_train_batch_size=inputs["batch_size"],
-            completion_only_loss=True, learning_rate=1e-5, lr_scheduler_type="constant", max_length=CONTEXT,
-            bf16=run.dtype == torch.bfloat16, use_cpu=run.device.type == "cpu",
-            dataloader_pin_memory=run.device.type == "cuda", disable_tqdm=True, report_to="none", logging_strategy="no",
-            save_strategy="no", **settings))
-    peer.remove_callback(transformers.PrinterCallback)
-
-    def epoch():
-        peer.train()
-        return clock["end"] - clock["start"]
-
-    return epoch
-
-
-def trl_sft_tuned(folder):
-    """TRL with the two settings that make it faster here and change no result."""
-    return trl_sft(folder, gradient_checkpointing=False, train_sampling_strategy="group_by_length")
-
-
-def quiet(transformers, datasets=None):
-    """Only our table is printed: no bars, no advice."""
-    warnings.simplefilter("ignore", FutureWarning)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if datasets:
-        datasets.disable_progress_bars()
-
-
 def bench_sft(args):
     """An epoch over a few batches. Real tokens are prompt and answer, no padding; each candidate pads as it likes."""
     batch_size = args.batch_size or 8
     tok, examples = read_rows(args, batch_size * args.steps)
     compare(args, tok, f"SFT, batch {batch_size}", sum(len(ids) for ids, _ in examples), {
         "this project": our_sft,
-        **installed("trl", {"TRL, tuned": trl_sft_tuned, "TRL, defaults": trl_sft})},
+        **installed("trl", {"TRL, tuned": peers.trl_sft_tuned, "TRL, defaults": peers.trl_sft})},
         examples=examples, batch_size=batch_size)
+
+
+def read_pairs(args, n):
+    """-> a tokenizer and n pairs of dpo.Answer: of --data, or of the island's votes."""
+    tok = get_tokenizer(args.tokenizer or ("gpt2" if args.data else "tiny"))
+    config, silent = dpo.Config(data=args.data, n_ranked=max(n, 200)), lambda *_: None
+    rows = reward.load_ranked(config, silent)[0]
+    pairs = dpo.make_examples(rows, tok, CONTEXT, config, silent)
+    if len(pairs) < n:
+        raise UserError(f"{args.data} has {len(pairs)} pairs, but {n} are needed: "
+                        "give a smaller --batch-size or --steps")
+    return tok, random.Random(0).sample(pairs, n)
+
+
+def our_dpo(folder):
+    """-> a function that trains for one epoch, with the parts of dpo.py's loop and the reference's pass."""
+    inputs, run = read_folder(folder)
+    config = dpo.Config(init=folder, lr=1e-6, warmup=0, schedule="constant", batch_size=inputs["batch_size"])
+    model, _ = sft.load_init(config, run)
+    optimizer = trainer.adamw(model, config)
+    pairs = [tuple(dpo.Answer(*answer) for answer in pair) for pair in inputs["pairs"]]
+    batches = trainer.Batches([dpo.pair_width(pair) for pair in pairs], config.batch_size, config.seed)
+    steps = itertools.count()  # goes on from call to call, so every epoch has an order of its own
+
+    def epoch():
+        dpo.add_reference(model, pairs, run, config)  # in every call: TRL asks its reference in every step
+        for step in itertools.islice(steps, len(batches)):
+            trainer.begin_step(step, step + 1, optimizer, config, run)
+            rows = [pairs[i] for i in batches[step]]
+            for part in trainer.split(rows, dpo.pair_width, config.micro_tokens):
+                loss, sums = dpo.forward(model, part, run, config)
+                (loss * len(part) / len(rows)).backward()
+                sums.tolist()  # what the log needs
+            trainer.update(model, optimizer, config, run, step)
+
+    return epoch
+
+
+def bench_dpo(args):
+    """An epoch over a few batches. Real tokens are question and answer of both sides of a pair, no padding."""
+    batch_size = args.batch_size or 8
+    tok, pairs = read_pairs(args, batch_size * args.steps)
+    answers = [answer for pair in pairs for answer in pair]
+    compare(args, tok, f"DPO, batch {batch_size}", sum(len(answer.ids) for answer in answers), {
+        "this project": our_dpo,
+        **installed("trl", {"TRL, no checkpointing": peers.trl_dpo_tuned, "TRL, defaults": peers.trl_dpo})},
+        pairs=[[(answer.ids, answer.mask) for answer in pair] for pair in pairs], batch_size=batch_size)
+
+
+def our_ppo(folder):
+    """-> a function that does one iteration as ppo.py does: two models are trained, policy and value model."""
+    inputs, run = read_folder(folder)
+    config = ppo.Config(init=folder, warmup=0, batch_size=len(inputs["prompts"]), minibatch=inputs["minibatch"],
+                        ppo_epochs=1, max_new_tokens=inputs["new_tokens"])
+    policy, frozen, trunk = (base.GPT.from_pretrained(folder).to(run.device).eval() for _ in range(3))
+    value, tok = reward.RewardModel(trunk).eval(), get_tokenizer(folder)
+    optimizers = [trainer.adamw(model, config) for model in (policy, value)]
+    steps = itertools.count()
+
+    def iteration():
+        step = next(steps)
+        for optimizer in optimizers:
+            trainer.begin_step(step, step + 1, optimizer, config, run)
+        ids, mask, answers, _ = ppo.rollout(policy, tok, inputs["prompts"], config, run, seed=step)
+        scores = torch.tensor(peers.marks(answers), device=run.device)
+        fixed = ppo.estimate(policy, lambda: nullcontext(frozen), value, ids, mask, scores, config.beta, config, run)
+        ppo.update(policy, value, optimizers, ids, mask, fixed, None, step, config, run)
+
+    return iteration
+
+
+def bench_ppo(args):
+    """64 rollouts, scored by a function of the text that costs nothing, then one epoch of updates in two minibatches.
+
+    Every question is answered twice, as RLOO needs it. RLOO has no value model, so it has less to do than PPO.
+    """
+    batch_size, new_tokens = args.batch_size or 64, args.new_tokens or 28
+    if batch_size % 2:
+        raise UserError(f"--batch-size {batch_size}: ppo answers every question twice, so it must be even")
+    args.shape = args.shape or list(SHAPES)[-1]  # the tiny one
+    tok = get_tokenizer(args.tokenizer or ("gpt2" if args.data else "tiny"))
+    config = ppo.Config(data=args.data, max_new_tokens=new_tokens, n_ranked=max(batch_size, 200))
+    questions, ids, _ = ppo.load_prompts(config, tok, CONTEXT, lambda *_: None)
+    if len(ids) < batch_size // 2:
+        raise UserError(f"{args.data} has {len(ids)} questions, but {batch_size // 2} are needed: "
+                        "give a smaller --batch-size")
+    chosen = random.Random(0).sample(range(len(ids)), batch_size // 2)
+    compare(args, tok, f"{batch_size} rollouts of {new_tokens} tokens, one epoch", None, {
+        "this project (PPO)": our_ppo,
+        **installed("trl", {"TRL (RLOO), no checkpointing": peers.trl_rloo_tuned,
+                            "TRL (RLOO), defaults": peers.trl_rloo})},
+        questions=[questions[i] for i in chosen], prompts=[ids[i] for i in chosen for _ in range(2)],
+        minibatch=batch_size // 2, new_tokens=new_tokens)
 
 
 def our_generate(folder):
@@ -283,33 +322,15 @@ def our_generate(folder):
     return answers
 
 
-def transformers_generate(folder):
-    """Prompts padded on the left, as transformers wants them; weights in the dtype of the run."""
-    import transformers
-    quiet(transformers)
-    inputs, run = read_folder(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype).to(run.device).eval()
-    model.generation_config = transformers.GenerationConfig(  # no end token: both candidates write as many tokens
-        do_sample=False, max_new_tokens=inputs["new_tokens"], pad_token_id=0)
-    T = max(map(len, inputs["prompts"]))
-    ids, real = (torch.tensor([[0] * (T - len(row)) + row for row in rows], device=run.device)  # (B, T)
-                 for rows in (inputs["prompts"], [[1] * len(prompt) for prompt in inputs["prompts"]]))
-
-    def answers():
-        return model.generate(ids, attention_mask=real)[:, T:].tolist()
-
-    return answers
-
-
 def bench_generate(args):
     """Greedy, no end token, so that everybody writes the same number of tokens. Real tokens are the new ones."""
-    batch_size = args.batch_size or 16
+    batch_size, new_tokens = args.batch_size or 16, args.new_tokens or 64
     tok, examples = read_rows(args, batch_size)
     prompts = [ids[:mask.index(1)] for ids, mask in examples]
-    compare(args, tok, f"generate {args.new_tokens} tokens, batch {batch_size}", batch_size * args.new_tokens, {
+    compare(args, tok, f"generate {new_tokens} tokens, batch {batch_size}", batch_size * new_tokens, {
         "this project": our_generate,
-        **installed("transformers", {"transformers": transformers_generate})},
-        prompts=prompts, new_tokens=args.new_tokens)
+        **installed("transformers", {"transformers": peers.transformers_generate})},
+        prompts=prompts, new_tokens=new_tokens)
 
 
 # ---- python bench.py nf4 ---------------------------------------------------------------------------------------------
@@ -399,7 +420,7 @@ def bench_nf4(args):
               [[name, f"{peak:.0f}"] for name, (_, peak) in peaks.items()])
 
 
-COMMANDS = {"sft": bench_sft, "generate": bench_generate, "nf4": bench_nf4}
+COMMANDS = {"sft": bench_sft, "dpo": bench_dpo, "ppo": bench_ppo, "generate": bench_generate, "nf4": bench_nf4}
 
 
 def main(argv=None):
@@ -407,17 +428,18 @@ def main(argv=None):
     parser.add_argument("command", choices=COMMANDS, help="what to measure")
     number = functools.partial(parser.add_argument, type=int)
     number("--rounds", default=5, help="times that each candidate runs (default 5)")
-    number("--batch-size", default=0, help="rows at a time; 0: 8 for training, 16 for generation")
-    number("--steps", default=8, help="optimizer steps in one round of sft (default 8)")
-    number("--new-tokens", default=64, help="tokens that generate adds to each prompt (default 64)")
-    parser.add_argument("--shape", choices=SHAPES, help="small: GPT-2 small; tiny: 4 layers of width 128; empty: both")
-    parser.add_argument("--data", default="", help="your conversations, as for sft.py; empty: the island's")
+    number("--batch-size", default=0, help="rows at a time; 0: 8 for sft and dpo, 64 for ppo, 16 for generate")
+    number("--steps", default=8, help="optimizer steps in one round of sft or dpo (default 8)")
+    number("--new-tokens", default=0, help="tokens added to each prompt; 0: 64 for generate, 28 for ppo")
+    parser.add_argument("--shape", choices=SHAPES,
+                        help="small: GPT-2 small; tiny: 4 layers of width 128; empty: both, for ppo tiny")
+    parser.add_argument("--data", default="", help="your rows, as for sft.py, dpo.py and ppo.py; empty: the island's")
     parser.add_argument("--tokenizer", default="", help="as for sft.py; empty: gpt2 with --data, else tiny")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: the first there is")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="auto: bfloat16 where the hardware is fast at it")
     args = parser.parse_args(argv)
-    for name, least in {"rounds": 1, "batch_size": 0, "steps": 1, "new_tokens": 1}.items():
+    for name, least in {"rounds": 1, "batch_size": 0, "steps": 1, "new_tokens": 0}.items():
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
     print(machine() + "\n")

@@ -71,7 +71,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(Config, recipes=None, argv=None):
-    """The command line -> a Config. The fields are the flags (batch_size is --batch-size), their comments the help.
+    """The command line -> a Config. The fields are the flags (batch_size is --batch-size), their comments the help; a
+    field of type list[str] takes the words that belong to no flag.
 
     recipes: {name: {field: value}}, chosen with --recipe NAME: only other defaults, so any flag overrides them.
     Raises UserError with one line for an unknown flag or an impossible value.
@@ -83,7 +84,9 @@ def parse(Config, recipes=None, argv=None):
     for field in dataclasses.fields(Config):
         flag, shown = "--" + field.name.replace("_", "-"), "" if field.default == "" else f" (default {field.default})"
         kind = typing.get_type_hints(Config)[field.name]
-        if kind is bool:
+        if kind == list[str]:  # not a flag but the words beside the flags
+            parser.add_argument(field.name, nargs="*", help=comments[field.name])
+        elif kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=comments[field.name])
         else:
             parser.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(),
@@ -92,7 +95,7 @@ def parse(Config, recipes=None, argv=None):
         parser.add_argument("--recipe", choices=sorted(recipes), help="defaults of a published recipe; any flag overrides them")
         chosen, _ = parser.parse_known_args(argv)
         parser.set_defaults(**recipes.get(chosen.recipe, {}))
-    values = vars(parser.parse_args(argv))
+    values = vars(parser.parse_intermixed_args(argv))  # words may stand between flags
     values.pop("recipe", None)
     return check(Config(**values))
 

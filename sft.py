@@ -28,7 +28,7 @@ from data.island import Island, refuses, says_unknown
 from data.tokenizer import get_tokenizer
 from errors import UserError
 from flags import TrainConfig, dropout_of, parse
-from model import GPT, generate, next_token_loss, save_checkpoint, text_stream, text_windows
+from model import GPT, generate, next_token_loss, save_checkpoint, slices, text_stream, text_windows
 from quant import NF4Linear
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -49,7 +49,8 @@ def sft_loss(model, ids, mask, n=None):
     """ids (B, T), mask (B, T) -> scalar. Position t predicts token t + 1: the shift by one happens here and only here."""
     hidden, targets, learned = model.hidden(ids[:, :-1]), ids[:, 1:], mask[:, 1:].bool()
     hidden, targets = hidden[learned], targets[learned]  # (N, C) and (N,): here the prompt stops counting
-    return masked_loss(model.head(hidden), targets, n=n)  # and no logits are made for prompt and padding
+    n = len(targets) if n is None else n  # and no logits are made for prompt and padding
+    return sum(masked_loss(model.head(h), t, n=n) for h, t in slices(model, hidden, targets))
 
 
 # ---- from conversations to examples ----------------------------------------------------------------------------------

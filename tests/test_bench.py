@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import bench
+import dpo
+import ppo
 import sft
 from errors import UserError
 
@@ -30,7 +32,7 @@ def folder(toy, tmp_path):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("command", ["sft", "generate"])
+@pytest.mark.parametrize("command", ["sft", "dpo", "generate"])
 def test_a_command_prints_its_table(toy, capsys, command):
     bench.main([command, "--rounds", "1", "--batch-size", "2", "--steps", "1", "--new-tokens", "3", "--device", "cpu"])
     header, row = capsys.readouterr().out.split("\n\n")[1].splitlines()
@@ -116,3 +118,77 @@ def test_impossible_values_are_one_sentence(toy, tmp_path, flags, words):
     data.write_text('{"prompt": "a", "completion": "b"}\n' * 3)
     with pytest.raises(UserError, match=words):
         bench.main(["sft", "--data", str(data), "--tokenizer", "tiny", *flags])
+
+
+def test_dpo_counts_both_sides_of_a_pair(toy, monkeypatch):
+    counted = {}
+    monkeypatch.setattr(bench, "compare", lambda args, tok, title, tokens, candidates, **inputs: counted.update(
+        inputs, tokens=tokens))
+    bench.main(["dpo", "--batch-size", "2", "--steps", "2"])
+    assert len(counted["pairs"]) == 4
+    assert counted["tokens"] == sum(len(ids) for pair in counted["pairs"] for ids, _ in pair)
+    for (chosen, mask), (rejected, rejected_mask) in counted["pairs"]:
+        prompt = chosen[:mask.index(1)]
+        assert chosen != rejected and rejected[:rejected_mask.index(1)] == prompt  # the same question, another answer
+
+
+def test_a_call_of_dpo_asks_the_reference_and_trains_on_every_pair(toy, tmp_path, monkeypatch):
+    args = type("Args", (), {"data": "", "tokenizer": "", "device": "cpu", "dtype": "float32"})
+    tok, pairs = bench.read_pairs(args, 4)
+    bench.write_folder(tmp_path, "toy", tok, args, batch_size=2,
+                       pairs=[[(answer.ids, answer.mask) for answer in pair] for pair in pairs])
+    seen, refs, models = [], [], []
+    real = dpo.forward
+
+    def spy(model, part, run, config):
+        models.append(model)
+        seen.extend(tuple(map(tuple, (chosen.ids, rejected.ids))) for chosen, rejected in part)
+        refs.extend(answer.ref_logp for pair in part for answer in pair)
+        return real(model, part, run, config)
+
+    monkeypatch.setattr(dpo, "forward", spy)
+    epoch = bench.our_dpo(str(tmp_path))
+    epoch()
+    first = models[0].h[0].mlp.c_fc.weight.clone()
+    epoch()
+    assert sorted(seen) == sorted([(tuple(chosen.ids), tuple(rejected.ids)) for chosen, rejected in pairs] * 2)
+    assert all(logp < 0 for logp in refs)  # 0 would mean that nobody asked the reference
+    assert not torch.equal(first, models[0].h[0].mlp.c_fc.weight)
+
+
+def test_an_iteration_of_ppo_rolls_out_every_prompt_and_updates_both_models(toy, tmp_path, monkeypatch):
+    args = type("Args", (), {"device": "cpu", "dtype": "float32"})
+    tok = bench.get_tokenizer("tiny")
+    prompts = [tok.render_prompt([{"role": "user", "content": text}]) for text in ("Who are you?", "Hello")] * 2
+    bench.write_folder(tmp_path, "toy", tok, args, prompts=prompts, minibatch=2, new_tokens=5)
+    calls = []
+    real = ppo.update
+
+    def spy(policy, value, optimizers, ids, mask, fixed, *others):
+        before = [model.state_dict()[name].clone() for model, name in ((policy, "wte.weight"), (value, "head.weight"))]
+        logs = real(policy, value, optimizers, ids, mask, fixed, *others)
+        after = [policy.wte.weight, value.head.weight]
+        calls.append((len(ids), mask.sum(1).tolist(), [not torch.equal(a, b) for a, b in zip(before, after)]))
+        return logs
+
+    monkeypatch.setattr(ppo, "update", spy)
+    iteration = bench.our_ppo(str(tmp_path))
+    iteration()
+    iteration()
+    for n, lengths, changed in calls:
+        assert n == 4 and max(lengths) == 5 and changed == [True, True]
+    assert len(calls) == 2
+
+
+def test_ppo_shows_seconds_and_answers_every_question_twice(toy, capsys, monkeypatch):
+    bench.main(["ppo", "--rounds", "1", "--batch-size", "4", "--new-tokens", "3", "--device", "cpu"])
+    header, row = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert header.startswith("toy, ") and "s/iteration" in header and "4 rollouts of 3 tokens" in header
+    assert row.startswith("this project (PPO)") and 0 < float(row.split()[3]) < 60
+    inputs = {}
+    monkeypatch.setattr(bench, "compare", lambda args, tok, title, tokens, candidates, **given: inputs.update(given))
+    bench.main(["ppo", "--batch-size", "4"])
+    assert inputs["new_tokens"] == 28 and inputs["minibatch"] == 2
+    assert inputs["prompts"][0::2] == inputs["prompts"][1::2] and len(inputs["questions"]) == 2
+    with pytest.raises(UserError, match="even"):
+        bench.main(["ppo", "--batch-size", "3"])

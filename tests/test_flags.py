@@ -1,5 +1,5 @@
 """The command line: fields are flags, mistakes are one line, help is the comments."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -20,6 +20,20 @@ RECIPES = {"hot": dict(lr=9.0, extra=7)}
 def test_flags_are_the_fields():
     config = flags.parse(Config, argv=["--batch-size", "5", "--extra=8", "--no-flag"])
     assert (config.batch_size, config.extra, config.flag, config.lr) == (5, 8, False, 0.5)
+
+
+@dataclass
+class Words:
+    folders: list[str] = field(default_factory=list)  # checkpoints to look at
+    n: int = 3  # how often
+
+
+def test_a_list_takes_the_words_beside_the_flags(capsys):
+    assert flags.parse(Words, argv=["out/a", "--n", "5", "out/b"]) == Words(["out/a", "out/b"], 5)
+    assert flags.parse(Words, argv=[]) == Words([], 3)
+    with pytest.raises(SystemExit):
+        flags.parse(Words, argv=["--help"])
+    assert "checkpoints to look at" in capsys.readouterr().out
 
 
 def test_a_recipe_is_a_set_of_defaults_that_flags_override():

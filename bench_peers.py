@@ -1,0 +1,172 @@
+"""The peers that bench.py measures this project against: TRL's trainers and transformers' generate, as candidates.
+
+A candidate is a function of a folder: it reads weights, rows and settings there and returns what is timed. Each peer
+runs as it comes, with its defaults wherever the result is the same; a second row has what makes it faster here and
+changes no result. The packages are imported only where a candidate is built: without them bench.py measures this project alone.
+"""
+import json
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+import trainer
+from flags import TrainConfig
+
+# ---- what every candidate needs, this project's too ------------------------------------------------------------------
+
+
+def synchronize():
+    if torch.cuda.is_available():  # kernels are only queued when a call returns
+        torch.cuda.synchronize()
+
+
+def read_folder(folder):
+    """-> bench.json, and device and dtype as every training script chooses them."""
+    inputs = json.loads(Path(folder, "bench.json").read_text())
+    return inputs, trainer.start(TrainConfig(**inputs["run"]))
+
+
+def marks(texts):
+    """The reward of bench.py ppo: a function that costs nothing, so what is measured is the rest."""
+    return [float(len(text)) for text in texts]
+
+
+# ---- what TRL's trainers share ---------------------------------------------------------------------------------------
+
+def quiet(transformers, datasets=None):
+    """Only our table is printed: no bars, no advice."""
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if datasets:
+        datasets.disable_progress_bars()
+
+
+def load(folder):
+    """-> model with float32 weights, tokenizer, and a clock that TRL's trainers take as a callback."""
+    import transformers
+
+    class Clock(transformers.TrainerCallback):  # from the epoch's first batch to its last step: whole steps, no set-up
+        def on_epoch_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            synchronize()
+            self.end = time.perf_counter()
+
+    return (transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            transformers.AutoTokenizer.from_pretrained(folder), Clock())
+
+
+def common(folder, run):
+    """Settings of every trainer: one epoch, nothing logged or saved, device and dtype as this project's."""
+    return dict(output_dir=folder, num_train_epochs=1, lr_scheduler_type="constant", bf16=run.dtype == torch.bfloat16,
+                use_cpu=run.device.type == "cpu", dataloader_pin_memory=run.device.type == "cuda", disable_tqdm=True,
+                report_to="none", logging_strategy="no", save_strategy="no")
+
+
+def timed(peer, clock):
+    """A trainer -> a function that trains for one epoch and returns its seconds."""
+    import transformers
+    peer.remove_callback(transformers.PrinterCallback)
+
+    def epoch():
+        peer.train()
+        return clock.end - clock.start
+
+    return epoch
+
+
+# ---- the candidates --------------------------------------------------------------------------------------------------
+
+def trl_sft(folder, **settings):
+    """The same with TRL as it comes: its defaults wherever the result is the same. The rows are given as ids and
+    completion mask, what TRL makes of prompt and completion itself, so that both train on the same tokens."""
+    import datasets
+    import transformers
+    import trl
+    quiet(transformers, datasets)
+    inputs, run = read_folder(folder)
+    ids, masks = zip(*inputs["examples"])
+    model, tok, clock = load(folder)
+    peer = trl.SFTTrainer(
+        model=model, processing_class=tok, callbacks=[clock],
+        train_dataset=datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks}),
+        args=trl.SFTConfig(per_device_train_batch_size=inputs["batch_size"], completion_only_loss=True,
+                           learning_rate=1e-5, max_length=model.config.n_positions, **common(folder, run), **settings))
+    return timed(peer, clock)
+
+
+def trl_sft_tuned(folder):
+    """TRL with the two settings that make it faster here and change no result."""
+    return trl_sft(folder, gradient_checkpointing=False, train_sampling_strategy="group_by_length")
+
+
+def trl_dpo(folder, **settings):
+    """DPOTrainer makes ids of text alone. So that both train on the same tokens, the ids are put in place of what it
+    has made of a row to start with."""
+    import datasets
+    import transformers
+    import trl
+    quiet(transformers, datasets)
+    inputs, run = read_folder(folder)
+    rows = []
+    for (ids, mask), (rejected, rejected_mask) in inputs["pairs"]:
+        rows.append({"prompt_ids": ids[:mask.index(1)], "chosen_ids": ids[mask.index(1):],
+                     "rejected_ids": rejected[rejected_mask.index(1):]})
+    model, tok, clock = load(folder)
+    peer = trl.DPOTrainer(
+        model=model, processing_class=tok, callbacks=[clock],
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
+        args=trl.DPOConfig(per_device_train_batch_size=inputs["batch_size"], learning_rate=1e-6, beta=0.3,
+                           max_length=model.config.n_positions, **common(folder, run), **settings))
+    peer.train_dataset = datasets.Dataset.from_list(rows)
+    return timed(peer, clock)
+
+
+def trl_dpo_tuned(folder):
+    return trl_dpo(folder, gradient_checkpointing=False)
+
+
+def trl_rloo(folder, **settings):
+    """TRL has no PPO any more: RLOO rolls out, scores and updates as PPO does, without a value model. beta > 0, so
+    that it asks its reference too."""
+    import datasets
+    import transformers
+    import trl
+    quiet(transformers, datasets)
+    inputs, run = read_folder(folder)
+    model, tok, clock = load(folder)
+    tok.padding_side = "left"
+    peer = trl.RLOOTrainer(
+        model=model, processing_class=tok, callbacks=[clock],
+        reward_funcs=lambda completions, **_: marks(answer[-1]["content"] for answer in completions),
+        train_dataset=datasets.Dataset.from_dict({"prompt": inputs["questions"]}),
+        args=trl.RLOOConfig(per_device_train_batch_size=inputs["minibatch"],
+                            generation_batch_size=len(inputs["prompts"]), num_generations=2, max_completion_length=inputs["new_tokens"], learning_rate=2e-4, beta=0.2,
+                            **common(folder, run), **settings))
+    return timed(peer, clock)
+
+
+def trl_rloo_tuned(folder):
+    return trl_rloo(folder, gradient_checkpointing=False)
+
+
+def transformers_generate(folder):
+    """Prompts padded on the left, as transformers wants them; weights in the dtype of the run."""
+    import transformers
+    quiet(transformers)
+    inputs, run = read_folder(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype).to(run.device).eval()
+    model.generation_config = transformers.GenerationConfig(  # no end token: both candidates write as many tokens
+        do_sample=False, max_new_tokens=inputs["new_tokens"], pad_token_id=0)
+    T = max(map(len, inputs["prompts"]))
+    ids, real = (torch.tensor([[0] * (T - len(row)) + row for row in rows], device=run.device)  # (B, T)
+                 for rows in (inputs["prompts"], [[1] * len(prompt) for prompt in inputs["prompts"]]))
+
+    def answers():
+        return model.generate(ids, attention_mask=real)[:, T:].tolist()
+
+    return answers
