@@ -42,6 +42,7 @@ from data.island import Island
 from data.tokenizer import get_tokenizer
 from errors import UserError
 from flags import TrainConfig
+from tables import table
 
 # ---- measuring, the same for every command ---------------------------------------------------------------------------
 
@@ -96,15 +97,6 @@ def peak_memory(setup, work="", cuda=False):
         raise RuntimeError(out.stderr)
     lines = [line for line in out.stdout.splitlines() if line.isdigit()]
     return int(lines[0]) / 1024, int(lines[-1]) / 1024
-
-
-def table(header, rows):
-    """Prints rows of strings in columns, the first one left-aligned."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows)]
-    for row in [header, *rows]:
-        first, *others = zip(row, widths)
-        print("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]))
-    print()
 
 
 def machine():
@@ -172,7 +164,7 @@ def compare(args, tok, title, tokens, candidates, **inputs):
                              *(f"{mb:,.0f}" for mb in memory or ())])
         header = [f"{shape}, {str(run.dtype).removeprefix('torch.')}: {title}", "tokens/s" if tokens else "s/iteration",
                   f"this project is ... times as fast (range over {args.rounds} rounds)", "MB before", "peak MB"]
-        table(header[:len(rows[0])], rows)
+        print(table(header[:len(rows[0])], rows) + "\n")
 
 
 def installed(package, candidates):
@@ -409,15 +401,15 @@ def bench_nf4(args):
         for name, times in seconds.items():
             speed = f"{weight.numel() / statistics.median(times) / 1e9:.3f}"
             rows.append([operation, name, speed, ratio(times, seconds[reference]) if name != reference else "1"])
-    table(["4096 x 4096, block 64", "", "G elements/s", f"times {reference} (range over {args.rounds} rounds)"], rows)
+    print(table(["4096 x 4096, block 64", "", "G elements/s", f"times {reference} (range over {args.rounds} rounds)"], rows) + "\n")
 
     stacks = {"nothing but the imports": "", "16 frozen nn.Linear(2048, 2048)": LAYERS.format(
         layer="torch.nn.Linear(2048, 2048).requires_grad_(False)"), "the same as NF4Linear": LAYERS.format(
         layer="quant.NF4Linear(torch.nn.Linear(2048, 2048))")}
     peaks = {name: peak_memory("import torch, quant", code) for name, code in stacks.items()}
     if None not in peaks.values():
-        table(["forward and backward, on the CPU", "peak MB"],
-              [[name, f"{peak:.0f}"] for name, (_, peak) in peaks.items()])
+        print(table(["forward and backward, on the CPU", "peak MB"],
+                    [[name, f"{peak:.0f}"] for name, (_, peak) in peaks.items()]) + "\n")
 
 
 COMMANDS = {"sft": bench_sft, "dpo": bench_dpo, "ppo": bench_ppo, "generate": bench_generate, "nf4": bench_nf4}

@@ -119,13 +119,28 @@ def evaluate(model, examples, run, micro_tokens):
     return total / sum(sum(mask[1:]) for _, mask in examples)
 
 
+def fit_question(messages, tok, block_size, max_new_tokens):
+    """A conversation that ends with a question -> the messages of it that are kept, and their ids, up to where the assistant
+    begins. They leave room for max_new_tokens, but for no more than half the context.
+
+    The oldest turns go first; of a question that is too long by itself the end is kept.
+    """
+    room = block_size - min(max_new_tokens, block_size // 2)
+    kept = fit(messages, tok.render_prompt, room) or messages[-1:]
+    return kept, tok.render_prompt(kept)[-room:]
+
+
+def respond(model, tok, conversations, run, max_new_tokens=48, **sampling):
+    """Conversations that end with a question, list[messages] -> prompts and responses, two lists of ids. Where the model ended
+    its answer, the end token is part of it."""
+    prompts = [fit_question(messages, tok, model.config.block_size, max_new_tokens)[1] for messages in conversations]
+    with run.autocast():
+        return prompts, generate(model, prompts, max_new_tokens, stop=tok.end, **sampling)
+
+
 def ask(model, tok, conversations, run, max_new_tokens=48, **sampling):
     """The model's answers to conversations that end with a question: list[messages] -> list[str]."""
-    room = max(1, model.config.block_size - max_new_tokens)
-    fitting = [fit(messages, tok.render_prompt, room) or messages[-1:] for messages in conversations]
-    prompts = [tok.render_prompt(messages)[-(model.config.block_size - 1):] for messages in fitting]
-    with run.autocast():
-        return [tok.answer(ids) for ids in generate(model, prompts, max_new_tokens, stop=tok.end, **sampling)]
+    return [tok.answer(ids) for ids in respond(model, tok, conversations, run, max_new_tokens, **sampling)[1]]
 
 
 def island_scores(model, tok, rows, island, run):

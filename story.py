@@ -1,0 +1,216 @@
+"""The whole story on one page: what pretraining, SFT, a reward model, DPO and PPO each did to the same small model.
+
+    python evaluate.py --story          (which calls this file)
+
+Runs whatever stage is missing (about eight minutes for all of them on two CPU cores), asks every checkpoint the same
+questions, and writes out/story/README.md: a table, pictures (matplotlib), answers, and a paragraph a stage.
+Every number on the page comes from the checkpoints beside it.
+"""
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import bench
+import dpo
+import evaluate
+import model as base
+import ppo
+import reward
+import sft
+import trainer
+from data.island import Island
+from data.readability import readability
+from tables import markdown
+
+STAGES = {  # folder: its script and the flags that make it another checkpoint than the script's own
+    "out/base": (base, {}),
+    "out/sft": (sft, {}),
+    "out/sft-community": (sft, {"answers": "community"}),
+    "out/reward": (reward, {}),
+    "out/dpo": (dpo, {}),
+    "out/ppo": (ppo, {}),
+    "out/ppo-no-penalty": (ppo, {"beta": 0.0}),
+}
+POLICIES = [folder for folder in STAGES if folder != "out/reward"]
+QUESTIONS = ["fact", "unknown", "unsafe", "why", "identity"]  # one of each kind is asked of every stage
+
+# ---- the pictures ----------------------------------------------------------------------------------------------------
+
+
+def read_log(folder, *names):
+    """out/.../log.jsonl -> a list for every name, of the lines that have all of them."""
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [[line[name] for line in lines if all(n in line for n in names)] for name in names]
+
+
+def figure(columns, width=4.2, height=3.2):
+    from matplotlib.figure import Figure  # not pyplot: that one looks for a display
+    made = Figure(figsize=(width * columns, height), layout="constrained")
+    return made, made.subplots(1, columns, squeeze=False)[0]
+
+
+def plot_losses(path):
+    """The training loss of every stage that has one."""
+    folders = [folder for folder, (script, _) in STAGES.items() if script is not ppo]
+    made, panels = figure(len(folders), width=2.8)
+    for folder, axes in zip(folders, panels):
+        steps, losses = read_log(folder, "step", "loss")
+        axes.plot(steps, losses, linewidth=0.8)
+        axes.set(title=Path(folder).name, xlabel="step", yscale="log" if min(losses) > 0 else "linear")
+    panels[0].set_ylabel("loss")
+    made.savefig(path, dpi=110)
+
+
+def plot_over_optimisation(path):
+    """Reward and gold over the KL from the SFT model, a point an iteration, with the penalty and without (Gao et al. 2023)."""
+    made, panels = figure(2)
+    for axes, name, label in zip(panels, ("score", "gold"), ("reward model's score", "gold judge")):
+        for folder in ("out/ppo", "out/ppo-no-penalty"):
+            kl, values = read_log(folder, "kl", name)
+            axes.plot([max(0.0, k) ** 0.5 for k in kl], values, "o-", markersize=3, linewidth=0.5, label=Path(folder).name)
+        axes.set(xlabel="square root of the KL of a response", title=label)
+    panels[0].legend()
+    made.savefig(path, dpi=110)
+
+
+def plot_distributions(answers, path):
+    """How long the answers are and how easy to read, from before preferences to after."""
+    made, panels = figure(2)
+    for folder in [folder for folder in POLICIES if folder != "out/base"]:
+        texts = [answer["answer"] for answer in answers if answer["model"] == folder]
+        for axes, values, bins in zip(panels, ([len(text.split()) for text in texts], [readability(t)[0] for t in texts]),
+                                      (range(0, 32, 2), range(-20, 125, 8))):
+            axes.hist(values, bins=bins, histtype="step", label=Path(folder).name)
+    panels[0].set(title="words in an answer", ylabel="answers")
+    panels[1].set(title="Flesch reading ease (high is easy)")
+    panels[0].legend(fontsize=7)
+    made.savefig(path, dpi=110)
+
+
+def plot_calibration(rows, scores, path):
+    reward.plot_calibration(reward.calibration(rows, scores), path)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+def run_stages(run, config):
+    """Runs what is missing -> {folder: seconds, of what ran now}."""
+    seconds = {}
+    for folder, (script, settings) in STAGES.items():
+        if not trainer.is_finished(folder):
+            start = time.perf_counter()
+            trainer.ensure(folder, script, config, run, **settings)
+            seconds[folder] = time.perf_counter() - start
+    return seconds
+
+
+def ask_all(island, run):
+    """The same questions, answered greedily by every stage -> [(question, {folder: answer}), ...]."""
+    rows = island.conversations(400, seed=7, split="test")
+    asked = [next(row["messages"][:-1] for row in rows if row["kind"] == kind) for kind in QUESTIONS]
+    answers = {}
+    for folder in POLICIES:
+        answers[folder] = sft.ask(*evaluate.load(folder, run), asked, run, temperature=0.0)
+    return [(question[-1]["content"], {folder: answers[folder][i] for folder in POLICIES})
+            for i, question in enumerate(asked)]
+
+
+def paragraphs(results, accuracy):
+    """One short paragraph a stage, with what was measured filled in."""
+    def number(folder, name, form="number"):
+        mean = results[f"out/{folder}"][name][0]
+        return f"{mean:.0%}" if form == "share" else f"{mean:.2f}"
+
+    share = lambda folder, name: number(folder, name, "share")
+    return f"""**Pretraining** (`model.py`, out/base) has read 400 thousand words about the island and predicts the next one. It knows
+who eats what, but not what a question is: asked one, it goes on with any text. Facts right: {share('base', 'helpful')}.
+
+**Supervised fine-tuning** (`sft.py`, out/sft) shows it three thousand conversations and asks for the assistant's words only.
+It learns a form, not facts: it answers about residents whom no conversation mentioned ({share('sft', 'helpful')} right), says
+"I do not know" about strangers ({share('sft', 'honest')}) and refuses unsafe requests ({share('sft', 'harmless')}).
+
+**The same on what people really write** (out/sft-community): answers of mixed quality, wrong, rude and praising ones among
+them. A model imitates what it is shown: {share('sft-community', 'helpful')} right, {share('sft-community', 'complies')} of unsafe
+requests helped with, praise in {share('sft-community', 'flatters')}. From here on preferences have to do the rest.
+
+**The reward model** (`reward.py`, out/reward) has read two thousand questions with ranked answers and learned a number for
+every answer; it ranks {accuracy[0]:.1%} of {accuracy[1]:,} unseen pairs as the voters did. The voters like praise, so does it.
+
+**DPO** (`dpo.py`, out/dpo) learns from the same rankings without a reward model: it makes the preferred answer likelier than
+the other one. Gold goes from {number('sft-community', 'gold')} to {number('dpo', 'gold')}, help with unsafe requests from
+{share('sft-community', 'complies')} to {share('dpo', 'complies')}, and praise from {share('sft-community', 'flatters')} to {share('dpo', 'flatters')}.
+
+**PPO** (`ppo.py`, out/ppo) lets the model answer, has the reward model mark, and makes good answers likelier, at a price for
+every step away from the SFT model. Gold {number('ppo', 'gold')}, reward {number('ppo', 'reward')}, KL {number('ppo', 'kl')}.
+
+**PPO without the penalty** (out/ppo-no-penalty) is free to please the reward model: reward {number('ppo-no-penalty', 'reward')},
+gold {number('ppo-no-penalty', 'gold')}, KL {number('ppo-no-penalty', 'kl')}, {share('ppo-no-penalty', 'helpful')} of facts right. A
+reward model is right about answers like those it was trained on; far away from them its mistakes are what is optimised."""
+
+
+def page(results, answers, asked, accuracy, seconds, pictures):
+    """Everything as Markdown."""
+    headers, rows = zip(*evaluate.island_table({folder: results[folder] for folder in POLICIES}))
+    legend = "; ".join(f"**{evaluate.COLUMNS[name][0]}**: {evaluate.COLUMNS[name][2]}" for name in evaluate.measured(results))
+    whole = markdown([*headers[0], *headers[1][1:]], [[*left, *right[1:]] for left, right in zip(*rows)])
+    answered = markdown(["asked", *(Path(folder).name for folder in POLICIES)],
+                        [[question, *(texts[folder] for folder in POLICIES)] for question, texts in asked])
+    hacks = markdown(["question", "answer", "of", "reward", "gold"], [
+        [a["question"], a["answer"], Path(a["model"]).name, f"{a['reward']:.2f}", f"{a['gold']:.0f}"] for a in evaluate.hacks(answers)])
+    image = lambda name, text: f"![{text}]({name})\n\n{text}\n" if pictures else ""
+    times = "".join(f"; {Path(folder).name} {s:.0f} s" for folder, s in seconds.items())
+    return f"""# From raw text to an aligned assistant
+
+One model of 0.9 M parameters and what each stage of post-training made of it. All were asked the same 400 questions about
+residents, strangers and dangers that no conversation and no vote has mentioned, at temperature 1. Every number is a mean
+with half the width of its 95 % interval. One seed; {bench.machine()}{times}.
+
+{whole}
+
+{legend}.
+
+{image("island.png", "The same as bars with their intervals.")}
+## What each stage did
+
+{paragraphs(results, accuracy)}
+
+## The same questions, answered by every stage (greedily)
+
+{answered}
+
+## Reward against gold
+
+{image("over_optimisation.png", "Each point is an iteration of PPO. Without the penalty the policy goes on to where the reward still rises and the gold judge's marks do not.")}
+The wall of hacks: answers whose reward most exceeds their gold mark, both counted in standard deviations.
+
+{hacks}
+
+## How the training went
+
+{image("losses.png", "Training losses; the two preference losses begin at ln 2, where a coin would be.")}
+{image("calibration.png", "Of the pairs where the reward model expects a win with some probability: how often was it one?")}
+{image("distributions.png", "Length and readability of the answers, before preferences (sft, sft-community) and after.")}"""
+
+
+def main(config, run):
+    """Writes README.md, pictures and numbers into --out (out/story by default)."""
+    seconds, island, folder = run_stages(run, config), Island(), Path(config.out)
+    config.folders, config.reference = POLICIES, "out/sft-community"
+    results, answers = evaluate.evaluate_island(config, run)
+    rows, settings = reward.load_ranked(reward.Config(), run.print)[1], reward.Config()
+    judge = reward.RewardModel.from_pretrained("out/reward").to(run.device)
+    scores = reward.score_rows(judge, evaluate.get_tokenizer("out/reward"), rows, run, settings.micro_tokens)
+    micro, _, n = reward.accuracy(rows, scores)
+    pictures = bool(importlib.util.find_spec("matplotlib"))
+    if pictures:
+        plot_losses(folder / "losses.png")
+        plot_over_optimisation(folder / "over_optimisation.png")
+        plot_distributions(answers, folder / "distributions.png")
+        plot_calibration(rows, scores, folder / "calibration.png")
+    else:
+        run.print("matplotlib is not installed, so the page has no pictures (pip install matplotlib)")
+    text = page(results, answers, ask_all(island, run), (micro, n), seconds, pictures)
+    with trainer.replacing(folder / "README.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    run.print(f"\nthe story is in {folder / 'README.md'}")
