@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-
-
+import choice
+import judge
 import metrics
 import ppo
 import reward
@@ -103,7 +103,8 @@ def safe_questions(island, n):
 
 
 def island_marks(folder, island, run, config, scorer=None, reference=None):
-    """-> {name in COLUMNS: [a number for each answer]}, and the answers: [{"model", "question", "answer", "gold", ...}]."""
+    """-> {name in COLUMNS: [a number for each answer]}, and the answers: [{"model", "question", "answer", "gold", ...}].
+    scorer: a reward model's (reward.load_rewards); reference: the SFT model and its tokenizer, for the KL."""
     model, tok = load(folder, run)
     rows = island.prompts(config.n, seed=5, split="test")
     # all at once, with one seed: the same answers that dpo.py and ppo.py report on
@@ -115,8 +116,8 @@ def island_marks(folder, island, run, config, scorer=None, reference=None):
     marks["fre"], marks["fkg"] = zip(*map(readability, texts))
     if scorer:
         marks["reward"] = scorer([reward.answered(row, {"text": text}) for row, text in zip(rows, texts)])
-    if reference and get_tokenizer(reference).special == tok.special:
-        marks["kl"] = response_kl(model, load(reference, run)[0], asked, run)
+    if reference and reference[1].special == tok.special:  # other tokens: no probability of theirs can be compared
+        marks["kl"] = response_kl(model, reference[0], asked, run)
     answers = [{"model": folder, "question": row["prompt"][-1]["content"], "kind": row["kind"], "answer": text}
                for row, text in zip(rows, texts)]
     for name in {"gold", "reward", "kl"} & set(marks):
@@ -189,9 +190,10 @@ def evaluate_island(config, run):
     else:
         run.print(f"no reward model in {config.reward} (python reward.py trains one): its column is left out")
     reference = config.reference or next(filter(trainer.is_finished, ("out/sft-community", "out/sft")), None)
+    sft_model = load(reference, run) if reference else None
     results, answers = {}, []
     for folder in config.folders:
-        marks, texts = island_marks(folder, island, run, config, scorer, reference)
+        marks, texts = island_marks(folder, island, run, config, scorer, sft_model)
         results[folder] = {name: metrics.interval(values) for name, values in marks.items()}
         answers += texts
         run.print(f"{folder}: {len(texts)} answers")
@@ -320,6 +322,93 @@ def mean_loss(losses):
     return total / n
 
 
+# ---- multiple choice -------------------------------------------------------------------------------------------------
+
+def evaluate_choices(config, run):
+    """Each model on the quiz or on each file of --choices: a row a model and task, and the leaderboard's mean of four."""
+    questions = []
+    for path in map(str.strip, config.choices.split(",")):
+        questions += choice.island_quiz(Island(), config.n) if path == "quiz" else choice.load_questions(path, say=run.print)
+    dev = choice.load_questions(config.examples, least=1, say=run.print) if config.examples else None
+    results, rows = {}, []
+    for folder in config.folders:
+        model, tok = GPT.from_pretrained(folder).to(run.device).eval(), get_tokenizer(folder)
+        results[folder] = choice.evaluate(model, tok, questions, run, config.shots, dev, config.micro_tokens)
+        for row in results[folder]:
+            rows.append([folder, row["task"], f"{row['n']:,}", *(cell(row.get(name), "share") for name in CHOICES)])
+        average = choice.leaderboard_average(results[folder])
+        if average is not None:
+            rows.append([folder, "mean of the four", "", *(f"{average:.1%}" if name == "headline" else "" for name in CHOICES)])
+    run.print(f"\n{config.shots} examples before each question\n" + table(["model", "task", "n", *CHOICES.values()], rows))
+    save(config, run, "choices", {"results": results})
+    return results
+
+
+CHOICES = {"acc": "acc", "acc_norm": "acc_norm", "acc_bytes": "acc_bytes", "mc2": "mc2", "acc_subjects": "over subjects",
+           "headline": "leaderboard's"}
+
+
+# ---- judges ----------------------------------------------------------------------------------------------------------
+
+def judged_questions(config, island, run):
+    """-> [[message, ...], ...]: a system prompt, if any, and the user's turns, one or two; and the right answers to them,
+    as far as they are known and wanted."""
+    if island:
+        rows = island.prompts(config.sample or config.n, seed=5, split="test")
+        more = [row for row in island.conversations(10 * len(rows), seed=9, split="test") if row["kind"] == "multi"]
+        rows = [row["prompt"] for row in rows] + [row["messages"] for row in more[:len(rows) // 2]]
+    else:
+        rows = [row["messages"] for part in load_files(config, run).values() for row in part]
+    asked, references = [], []
+    for messages in rows:
+        end = [i for i, m in enumerate(messages) if m["role"] == "user"][:2][-1] + 2  # past the answer to the second turn
+        asked.append([m for m in messages[:end] if m["role"] != "assistant"])
+        references.append([m["content"] for m in messages[:end] if m["role"] == "assistant"])
+    return asked, references
+
+
+def own_answers(model, tok, asked, run, config):
+    """The user's turns -> conversations with the model's own answer after each of them, the second with the first in view."""
+    room, talks = min(config.max_new_tokens, model.config.block_size // 2), [[] for _ in asked]
+    for turn in range(2):
+        going = []
+        for talk, messages in zip(talks, asked):
+            users = [m for m in messages if m["role"] == "user"]
+            if turn < len(users):
+                talk += [m for m in messages if m["role"] == "system" and not turn] + [users[turn]]
+                going.append(talk)
+        found = answers_of(model, tok, going, run, config, room, temperature=config.temperature, top_p=config.top_p, seed=config.seed)
+        for talk, (_, ids) in zip(going, found):
+            talk.append({"role": "assistant", "content": tok.answer(ids)})
+    return talks
+
+
+def evaluate_judge(config, run):
+    """Ratings of every model's answers, in one turn and in two, and duels of each model with the first one."""
+    island = None if config.data else Island()
+    asked, references = judged_questions(config, island, run)
+    judging, path, items = judge.load_judge(config.judge, run, island), Path(config.out) / "judgments.jsonl", {}
+    for folder in config.folders:
+        talks = own_answers(*load(folder, run), asked, run, config)
+        items[folder] = [{"id": f"{folder} {i}", "messages": talk} | ({"reference": right} if config.judge_reference else {})
+                         for i, (talk, right) in enumerate(zip(talks, references))]
+    results, first = {"ratings": {}, "duels": {}}, config.folders[0]
+    for folder in config.folders:
+        results["ratings"][folder] = judge.rate(judging, judge.each_turn(items[folder]), path, run.print)[1]
+    run.print("\nratings, 1 to 10\n" + table(["model", *judge.RATING_HEADER], [
+        [folder, *judge.rating_cells(summary)] for folder, summary in results["ratings"].items()]))
+    for folder in config.folders[1:]:
+        last = [[item | {"reference": item["reference"][-1]} if "reference" in item else item for item in items[name]]
+                for name in (folder, first)]
+        results["duels"][f"{folder} against {first}"] = judge.duel(judging, *last, path, run.print)
+    if results["duels"]:
+        run.print("\nduels: a win is what wins in both orders\n" + table(["", *judge.DUEL_HEADER], [
+            [name, *judge.duel_cells(summary)] for name, summary in results["duels"].items()]))
+    save(config, run, "judge", {"results": results})
+    run.print(f"every judgment with its prompt is in {path}")
+    return results
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -331,6 +420,11 @@ class Config:
     max_new_tokens: int = 512  # longest answer to your data; at most half the model's context
     temperature: float = 0.0  # of answers to your data; 0: greedy (the island is asked at temperature 1)
     top_p: float = 1.0  # of answers to your data: sample from the likeliest tokens that have this probability together
+    choices: str = ""  # multiple choice: quiz (the island's), or files in the shape of ARC, HellaSwag, MMLU, TruthfulQA
+    shots: int = 0  # multiple choice: examples before each question (the leaderboard: 25, 10, 5, 0)
+    examples: str = ""  # multiple choice: the file that the examples are from; empty: the questions' own
+    judge: str = ""  # gold, a reward model's folder, or http://address/v1#model (key: OPENAI_API_KEY)
+    judge_reference: bool = False  # show the judge the answers in your data as right ones
     bert_score: bool = False  # BERTScore of answers to your data too (needs pip install bert-score and a network)
     n: int = 400  # questions about the island
     reward: str = "out/reward"  # a reward model's folder, or 0.7*out/a+0.3*out/b
@@ -352,6 +446,10 @@ def main(config):
     config.folders = config.folders or list(filter(trainer.is_finished, ("out/base", "out/sft", "out/dpo", "out/ppo")))
     if not config.folders:
         raise UserError("no checkpoint to measure: name some folders, or train one with python sft.py")
+    if config.choices:
+        return evaluate_choices(config, run)
+    if config.judge:
+        return evaluate_judge(config, run)
     if config.data:
         return evaluate_data(config, run)
     evaluate_island(config, run)

@@ -16,7 +16,7 @@ from data.island import Island
 from data.tokenizer import get_tokenizer
 from errors import UserError
 from flags import check, parse
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, token_logps
 
 ROOT = Path(__file__).resolve().parents[1]
 TOK = get_tokenizer("tiny")
@@ -60,6 +60,23 @@ def test_masked_loss_survives_infinities_outside_the_mask():
     logits = torch.full((1, 2, 3), float("nan"))
     logits[0, 1] = 0
     assert sft.masked_loss(logits, torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0, 1]])).item() == pytest.approx(math.log(3))
+
+
+@pytest.mark.parametrize("logits", [1, 3000, 10**9])  # a slice for every position, some slices, one
+def test_slices_of_the_head_change_nothing(monkeypatch, logits):
+    ids, mask = trainer.pad(sft.make_examples(rows_of(6), TOK, 97))
+    model = tiny().double()
+    learned = mask[:, 1:].bool()
+    expected = model(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2) * learned  # (B, T-1)
+    (-expected.sum() / learned.sum()).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    monkeypatch.setattr("model.SLICE", logits)
+    assert torch.allclose(token_logps(model, ids, mask).double(), expected, atol=1e-5)
+    model.zero_grad()
+    sft.sft_loss(model, ids, mask).backward()
+    assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(grads, model.parameters()))
+    whole = -model(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None]).mean()
+    assert sft.next_token_loss(model, ids).item() == pytest.approx(whole.item(), abs=1e-5)
 
 
 def test_empty_mask_is_zero_with_a_zero_gradient():
