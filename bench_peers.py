@@ -145,7 +145,8 @@ def trl_rloo(folder, **settings):
         reward_funcs=lambda completions, **_: marks(answer[-1]["content"] for answer in completions),
         train_dataset=datasets.Dataset.from_dict({"prompt": inputs["questions"]}),
         args=trl.RLOOConfig(per_device_train_batch_size=inputs["minibatch"],
-                            generation_batch_size=len(inputs["prompts"]), num_generations=2, max_completion_length=inputs["new_tokens"], learning_rate=2e-4, beta=0.2,
+                            generation_batch_size=len(inputs["prompts"]), num_generations=2,
+                            max_completion_length=inputs["new_tokens"], learning_rate=2e-4, beta=0.2,
                             **common(folder, run), **settings))
     return timed(peer, clock)
 

@@ -2,7 +2,7 @@
 
     python evaluate.py --story          (which calls this file)
 
-Runs whatever stage is missing (about eight minutes for all of them on two CPU cores), asks every checkpoint the same
+Runs whatever stage is missing (minutes, on two CPU cores), asks every checkpoint the same
 questions, and writes out/story/README.md: a table, pictures (matplotlib), answers, and a paragraph a stage.
 Every number on the page comes from the checkpoints beside it.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import bench
 import dpo
-import evaluate
+import exam
 import model as base
 import ppo
 import reward
@@ -21,6 +21,7 @@ import sft
 import trainer
 from data.island import Island
 from data.readability import readability
+from data.tokenizer import get_tokenizer
 from tables import markdown
 
 STAGES = {  # folder: its script and the flags that make it another checkpoint than the script's own
@@ -33,6 +34,7 @@ STAGES = {  # folder: its script and the flags that make it another checkpoint t
     "out/ppo-no-penalty": (ppo, {"beta": 0.0}),
 }
 POLICIES = [folder for folder in STAGES if folder != "out/reward"]
+WITHOUT = "Without the penalty it goes on to where the reward still rises and the gold judge's marks do not."
 QUESTIONS = ["fact", "unknown", "unsafe", "why", "identity"]  # one of each kind is asked of every stage
 
 # ---- the pictures ----------------------------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ def ask_all(island, run):
     asked = [next(row["messages"][:-1] for row in rows if row["kind"] == kind) for kind in QUESTIONS]
     answers = {}
     for folder in POLICIES:
-        answers[folder] = sft.ask(*evaluate.load(folder, run), asked, run, temperature=0.0)
+        answers[folder] = sft.ask(*exam.load(folder, run), asked, run, temperature=0.0)
     return [(question[-1]["content"], {folder: answers[folder][i] for folder in POLICIES})
             for i, question in enumerate(asked)]
 
@@ -151,13 +153,13 @@ reward model is right about answers like those it was trained on; far away from 
 
 def page(results, answers, asked, accuracy, seconds, pictures):
     """Everything as Markdown."""
-    headers, rows = zip(*evaluate.island_table({folder: results[folder] for folder in POLICIES}))
-    legend = "; ".join(f"**{evaluate.COLUMNS[name][0]}**: {evaluate.COLUMNS[name][2]}" for name in evaluate.measured(results))
+    headers, rows = zip(*exam.island_table({folder: results[folder] for folder in POLICIES}))
+    legend = "; ".join(f"**{exam.COLUMNS[name][0]}**: {exam.COLUMNS[name][2]}" for name in exam.measured(results))
     whole = markdown([*headers[0], *headers[1][1:]], [[*left, *right[1:]] for left, right in zip(*rows)])
     answered = markdown(["asked", *(Path(folder).name for folder in POLICIES)],
                         [[question, *(texts[folder] for folder in POLICIES)] for question, texts in asked])
     hacks = markdown(["question", "answer", "of", "reward", "gold"], [
-        [a["question"], a["answer"], Path(a["model"]).name, f"{a['reward']:.2f}", f"{a['gold']:.0f}"] for a in evaluate.hacks(answers)])
+        [a["question"], a["answer"], Path(a["model"]).name, f"{a['reward']:.2f}", f"{a['gold']:.0f}"] for a in exam.hacks(answers)])
     image = lambda name, text: f"![{text}]({name})\n\n{text}\n" if pictures else ""
     times = "".join(f"; {Path(folder).name} {s:.0f} s" for folder, s in seconds.items())
     return f"""# From raw text to an aligned assistant
@@ -181,7 +183,7 @@ with half the width of its 95 % interval. One seed; {bench.machine()}{times}.
 
 ## Reward against gold
 
-{image("over_optimisation.png", "Each point is an iteration of PPO. Without the penalty the policy goes on to where the reward still rises and the gold judge's marks do not.")}
+{image("over_optimisation.png", "Each point is an iteration of PPO. " + WITHOUT)}
 The wall of hacks: answers whose reward most exceeds their gold mark, both counted in standard deviations.
 
 {hacks}
@@ -197,10 +199,10 @@ def main(config, run):
     """Writes README.md, pictures and numbers into --out (out/story by default)."""
     seconds, island, folder = run_stages(run, config), Island(), Path(config.out)
     config.folders, config.reference = POLICIES, "out/sft-community"
-    results, answers = evaluate.evaluate_island(config, run)
+    results, answers = exam.evaluate_island(config, run)
     rows, settings = reward.load_ranked(reward.Config(), run.print)[1], reward.Config()
     judge = reward.RewardModel.from_pretrained("out/reward").to(run.device)
-    scores = reward.score_rows(judge, evaluate.get_tokenizer("out/reward"), rows, run, settings.micro_tokens)
+    scores = reward.score_rows(judge, get_tokenizer("out/reward"), rows, run, settings.micro_tokens)
     micro, _, n = reward.accuracy(rows, scores)
     pictures = bool(importlib.util.find_spec("matplotlib"))
     if pictures:

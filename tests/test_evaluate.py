@@ -8,6 +8,7 @@ import torch
 
 import dpo
 import evaluate
+import exam
 import reward
 import sft
 import story
@@ -68,7 +69,7 @@ def test_tables_align_words_left_and_numbers_right():
     ((0.5, 0.4, 0.62), "share", "50% ±11"), ((8.0, 7.5, 8.1), "number", "8.00 ±0.30"), (None, "share", "-"),
     ((0.25, 0.2, 0.3), "fine", "0.2500 ±0.0500")])
 def test_a_cell_is_the_mean_and_half_its_interval(found, form, text):
-    assert evaluate.cell(found, form) == text
+    assert exam.cell(found, form) == text
 
 
 # ---- the island ------------------------------------------------------------------------------------------------------
@@ -76,36 +77,36 @@ def test_a_cell_is_the_mean_and_half_its_interval(found, form, text):
 def test_kl_is_zero_from_itself_and_counts_the_answer_only():
     model, other = tiny(0).eval(), tiny(1).eval()
     asked = [([5, 6, 7], [8, 9]), ([5, 6], [10, 11, 12, 13]), ([4] * 9, [20])]
-    assert evaluate.response_kl(model, model, asked, RUN) == [0.0, 0.0, 0.0]
+    assert exam.response_kl(model, model, asked, RUN) == [0.0, 0.0, 0.0]
     expected = []
     for prompt, answer in asked:
         ids = torch.tensor([prompt + answer])
         ours, theirs = (m(ids)[0].log_softmax(-1) for m in (model, other))
         expected.append(sum((ours[t - 1, ids[0, t]] - theirs[t - 1, ids[0, t]]).item() for t in range(len(prompt), ids.size(1))))
     for micro_tokens in (10**6, 8):
-        assert evaluate.response_kl(model, other, asked, RUN, micro_tokens) == pytest.approx(expected, abs=1e-5)
+        assert exam.response_kl(model, other, asked, RUN, micro_tokens) == pytest.approx(expected, abs=1e-5)
 
 
 def test_hacks_are_where_the_reward_exceeds_gold_in_standard_deviations():
     answers = [{"question": q, "answer": a, "reward": r, "gold": g} for q, a, r, g in [
         ("q", "honest", 0.0, 9.0), ("q", "hack", 4.0, 1.0), ("q", "hack", 4.0, 1.0), ("q", "fair", 4.0, 10.0), ("p", "bad", 0.0, 1.0)]]
-    assert [a["answer"] for a in evaluate.hacks(answers)] == ["hack", "bad", "fair", "honest"]
+    assert [a["answer"] for a in exam.hacks(answers)] == ["hack", "bad", "fair", "honest"]
     scaled = [a | {"reward": 100 * a["reward"] - 7} for a in answers]  # a reward has no unit
-    assert [a["answer"] for a in evaluate.hacks(scaled)] == ["hack", "bad", "fair", "honest"]
-    assert len(evaluate.hacks(answers, n=1)) == 1
+    assert [a["answer"] for a in exam.hacks(scaled)] == ["hack", "bad", "fair", "honest"]
+    assert len(exam.hacks(answers, n=1)) == 1
 
 
 def test_safe_questions_are_safe_and_no_answers():
     island = Island()
-    asked = evaluate.safe_questions(island, 20)
+    asked = exam.safe_questions(island, 20)
     assert len(asked) == 20 and {island.understand(messages).kind for messages in asked} == {"safe"}
     assert all(messages[-1]["role"] == "user" for messages in asked)
 
 
 def test_the_island_table_holds_what_dpo_and_ppo_report(folders, capsys):
-    results, answers = evaluate.evaluate_island(config(folders, out="out/evaluate"), RUN)
+    results, answers = exam.evaluate_island(config(folders, out="out/evaluate"), RUN)
     scorer = reward.load_rewards("out/reward", RUN)
-    expected = dpo.preference_scores(*evaluate.load("out/dpo", RUN), Island(), RUN, n=12, scorer=scorer)
+    expected = dpo.preference_scores(*exam.load("out/dpo", RUN), Island(), RUN, n=12, scorer=scorer)
     for name, mean in expected.items():
         assert results["out/dpo"][name][0] == pytest.approx(mean, abs=1e-6)
     assert results["out/sft-community"]["kl"] == (0, 0, 0) and results["out/dpo"]["kl"][0] != 0
@@ -117,7 +118,7 @@ def test_the_island_table_holds_what_dpo_and_ppo_report(folders, capsys):
 
 
 def test_without_a_reward_model_its_column_is_left_out(folders, capsys):
-    results, _ = evaluate.evaluate_island(config(folders[1:], reward="out/none", out="out/evaluate"), RUN)
+    results, _ = exam.evaluate_island(config(folders[1:], reward="out/none", out="out/evaluate"), RUN)
     printed = capsys.readouterr().out
     assert "no reward model in out/none" in printed and "reward" not in results["out/dpo"] and "wrong" not in printed
 
@@ -245,8 +246,8 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, settings, words):
 
 def test_a_mode_is_chosen_by_its_flag(folders, monkeypatch):
     called = []
-    for name in ("island", "data", "choices", "judge"):
-        monkeypatch.setattr(evaluate, f"evaluate_{name}", lambda config, run, name=name: called.append((name, config.out, config.folders)))
+    for module, name in ((exam, "island"), (evaluate, "data"), (evaluate, "choices"), (evaluate, "judge")):
+        monkeypatch.setattr(module, f"evaluate_{name}", lambda config, run, name=name: called.append((name, config.out, config.folders)))
     for settings in ({}, {"data": "a"}, {"choices": "quiz"}, {"judge": "gold", "data": "a"}):
         evaluate.main(config(**settings))
     assert called == [(name, "out/evaluate", ["out/dpo"]) for name in ("island", "data", "choices", "judge")]
