@@ -204,12 +204,14 @@ def own_answers(model, tok, asked, run, config):
 
 def evaluate_judge(config, run):
     """Ratings of every model's answers, in one turn and in two, and duels of each model with the first one."""
+    if config.judge_reference and not config.data:
+        raise UserError("--judge-reference shows the judge the answers in your --data, and none is given")
     island = None if config.data else Island()
     asked, references = judged_questions(config, island, run)
     judging, path, items = judge.load_judge(config.judge, run, island), Path(config.out) / "judgments.jsonl", {}
     for folder in config.folders:
         talks = own_answers(*load(folder, run), asked, run, config)
-        items[folder] = [{"id": f"{folder} {i}", "messages": talk} | ({"reference": right} if config.judge_reference else {})
+        items[folder] = [{"id": i, "model": folder, "messages": talk} | ({"reference": right} if config.judge_reference else {})
                          for i, (talk, right) in enumerate(zip(talks, references))]
     results, first = {"ratings": {}, "duels": {}}, config.folders[0]
     for folder in config.folders:
