@@ -145,6 +145,9 @@ def mean_loss(losses):
 
 def evaluate_choices(config, run):
     """Each model on the quiz or on each file of --choices: a row a model and task, and the leaderboard's mean of four."""
+    if config.shots != "leaderboard" and not config.shots.isdecimal():
+        raise UserError(f"--shots {config.shots}: give a number, or leaderboard")
+    shots = choice.LEADERBOARD if config.shots == "leaderboard" else int(config.shots)
     questions = []
     for path in map(str.strip, config.choices.split(",")):
         questions += choice.island_quiz(Island(), config.n) if path == "quiz" else choice.load_questions(path, say=run.print)
@@ -152,13 +155,13 @@ def evaluate_choices(config, run):
     results, rows = {}, []
     for folder in config.folders:
         model, tok = GPT.from_pretrained(folder).to(run.device).eval(), get_tokenizer(folder)
-        results[folder] = choice.evaluate(model, tok, questions, run, config.shots, dev, config.micro_tokens)
+        results[folder] = choice.evaluate(model, tok, questions, run, shots, dev, config.micro_tokens)
         for row in results[folder]:
             rows.append([folder, row["task"], f"{row['n']:,}", *(cell(row.get(name), "share") for name in CHOICES)])
         average = choice.leaderboard_average(results[folder])
         if average is not None:
             rows.append([folder, "mean of the four", "", *(f"{average:.1%}" if name == "headline" else "" for name in CHOICES)])
-    run.print(f"\n{config.shots} examples before each question\n" + table(["model", "task", "n", *CHOICES.values()], rows))
+    run.print(f"\nexamples before each question: {config.shots}\n" + table(["model", "task", "n", *CHOICES.values()], rows))
     save(config, run, "choices", {"results": results})
     return results
 
@@ -242,7 +245,7 @@ class Config:
     temperature: float = 0.0  # of answers to your data; 0: greedy (the island is asked at temperature 1)
     top_p: float = 1.0  # of answers to your data: sample from the likeliest tokens that have this probability together
     choices: str = ""  # multiple choice: quiz (the island's), or files in the shape of ARC, HellaSwag, MMLU, TruthfulQA
-    shots: int = 0  # multiple choice: examples before each question (the leaderboard: 25, 10, 5, 0)
+    shots: str = "0"  # multiple choice: examples before each question; leaderboard: 25, 10, 5 and 6, as it counted
     examples: str = ""  # multiple choice: the file that the examples are from; empty: the questions' own
     judge: str = ""  # gold, a reward model's folder, or http://address/v1#model (key: OPENAI_API_KEY)
     judge_reference: bool = False  # show the judge the answers in your data as right ones

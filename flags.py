@@ -57,7 +57,7 @@ class TrainConfig:
 
 AT_LEAST = {"steps": 0, "epochs": 0, "batch_size": 1, "micro_tokens": 1, "warmup": 0, "eval_every": 0, "save_every": 0,
             "weight_decay": 0, "clip": 0, "min_lr": 0, "lr": 0, "beta1": 0, "beta2": 0, "mix": 0,
-            "lora_r": 0, "max_pairs": 0, "n_ranked": 1, "noise": 0}
+            "lora_r": 0, "max_pairs": 0, "n_ranked": 1, "noise": 0, "temperature": 0, "top_k": 0, "max_new_tokens": 1}
 ONE_OF = {"schedule": ("cosine", "linear", "constant"), "dtype": ("auto", "float32", "bfloat16"),
           "template": ("", "chat", "human", "alpaca"), "lora_targets": ("all", "attention"),
           "pairs": ("all", "top2", "best-worst", "random")}

@@ -7,7 +7,7 @@
 
 F1 = 2 P R / (P + R), where P is the share of the candidate that is found in the reference, and R the other way round.
 
-All functions are pure; evaluate.py calls them. How hard a text is to read is measured in data/readability.py.
+evaluate.py and judge.py call all this. How hard a text is to read is measured in data/readability.py.
 """
 import math
 import re
@@ -21,7 +21,6 @@ from errors import UserError
 from model import text_stream
 
 # ---- ROUGE: words in common ------------------------------------------------------------------------------------------
-
 
 def words(text):
     """ROUGE's words: runs of a-z and 0-9 in lower case. All else separates, so "don't" is two words."""

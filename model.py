@@ -8,6 +8,7 @@
 
 Reads and writes Hugging Face folders: transformers gives the same logits on both sides (tests/parity).
 """
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -296,53 +297,69 @@ class Cache:
         self.keys, self.values, self.cursor = self.keys[:, rows], self.values[:, rows], self.cursor[rows]
 
 
-@torch.inference_mode()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop=None, seed=None):
     """Continues every prompt: list[list[int]] -> list[list[int]], the new tokens only, the stop token included.
 
     A row ends at its stop token, after max_new_tokens, or at the end of the context; the others go on. temperature 0 is
-    greedy. One prefill of the right-padded prompts, then one forward pass of one position per token.
-    Raises UserError for a prompt that is empty or leaves no room in the context.
+    greedy. Raises UserError for a prompt that is empty or leaves no room in the context.
     """
-    block_size = model.config.block_size
+    new = [[] for _ in prompts]
+    for tokens in stream(model, prompts, max_new_tokens, temperature, top_p, top_k, stop, seed):
+        for row, token in tokens:
+            new[row].append(token)
+    return new
 
-    def going_on(tokens, prompt_length):
-        return len(tokens) < min(max_new_tokens, block_size - prompt_length) and (not tokens or tokens[-1] != stop)
 
+@torch.inference_mode()
+def stream(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop=None, seed=None):
+    """What `generate` collects, as it comes: yields [(row, token), ...] of the rows that still go on, once per token.
+
+    One prefill of the right-padded prompts, then one forward pass of one position per token. The model is in evaluation
+    mode until the last token, or until whoever asked wants no more and closes the generator.
+    """
+    block_size, device = model.config.block_size, model.device
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) < block_size:
             raise UserError(f"prompt {row} has {len(prompt)} tokens; it must have at least 1 and leave room in the model's "
                             f"context of {block_size}: shorten it to {block_size - 1} or fewer")
     if not prompts or max_new_tokens < 1:
-        return [[] for _ in prompts]
+        return
+    limits = [min(max_new_tokens, block_size - len(prompt)) for prompt in prompts]  # of new tokens
+    generator = torch.Generator(device)  # of its own: a sample while training does not change the training
+    generator.seed() if seed is None else generator.manual_seed(seed)
     was_training = model.training
     model.eval()
+    try:
+        hidden, cache = prefill(model, prompts, max_new_tokens)
+        rows = list(range(len(prompts)))  # the prompt that each row of the cache belongs to
+        going_on = [True] * len(prompts)
+        for n in itertools.count(1):
+            tokens = sample(model.head(hidden), temperature, top_p, top_k, generator)  # (B,)
+            new = [(row, token) for row, token in zip(rows, tokens.tolist()) if going_on[row]]
+            for row, token in new:
+                going_on[row] = n < limits[row] and token != stop
+            yield new
+            alive = [i for i, row in enumerate(rows) if going_on[row]]
+            if not alive:
+                break
+            if len(alive) <= 0.75 * len(rows):  # copying the cache has a price too: only when it pays
+                keep = torch.tensor(alive, device=device)
+                cache.keep(keep)
+                tokens, rows = tokens[keep], [rows[i] for i in alive]
+            hidden = model.hidden(tokens[:, None], cache)[:, 0]  # (B, C)
+    finally:
+        model.train(was_training)
+
+
+def prefill(model, prompts, max_new_tokens):
+    """Reads the prompts in one pass -> hidden (B, C) of each prompt's last token, a cache with room for the answers."""
     device = model.device
-    generator = torch.Generator(device).manual_seed(torch.seed() if seed is None else seed)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
-    room = min(block_size, int(lengths.max()) + max_new_tokens)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
     ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long, device=device)  # (B, T)
     for row, prompt in enumerate(prompts):
         ids[row, :len(prompt)] = torch.tensor(prompt, device=device)
-    cache = Cache(model, lengths, room)
-    hidden = model.hidden(ids, cache)[torch.arange(len(prompts), device=device), lengths - 1]  # (B, C), each row's last token
-    new = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # the prompt that each row of the cache belongs to
-    while True:
-        tokens = sample(model.head(hidden), temperature, top_p, top_k, generator)  # (B,)
-        for row, token in zip(rows, tokens.tolist()):
-            if going_on(new[row], len(prompts[row])):
-                new[row].append(token)
-        alive = [i for i, row in enumerate(rows) if going_on(new[row], len(prompts[row]))]
-        if not alive:
-            break
-        if len(alive) <= 0.75 * len(rows):  # copying the cache has a price too: only when it pays
-            keep = torch.tensor(alive, device=device)
-            cache.keep(keep)
-            tokens, rows = tokens[keep], [rows[i] for i in alive]
-        hidden = model.hidden(tokens[:, None], cache)[:, 0]  # (B, C)
-    model.train(was_training)
-    return new
+    cache = Cache(model, lengths, room=min(model.config.block_size, ids.size(1) + max_new_tokens))
+    return model.hidden(ids, cache)[torch.arange(len(prompts), device=device), lengths - 1], cache
 
 
 def sample(logits, temperature, top_p, top_k, generator):

@@ -24,7 +24,7 @@ import lora
 import model as base
 import trainer
 from data import files
-from data.island import Island, refuses, says_unknown
+from data.island import CHATS, Island, refuses, says_unknown
 from data.tokenizer import get_tokenizer
 from errors import UserError
 from flags import TrainConfig, dropout_of, parse
@@ -88,7 +88,7 @@ def load_data(config, say):
         say(report)
         return *files.hold_out(rows, seed=config.seed), None
     island, without = Island(), () if config.idk else ("unknown",)
-    train = island.conversations(config.n_sft, answers=config.answers, without=without)
+    train = island.conversations(config.n_sft, answers=config.answers, without=without, chats=CHATS)
     return train, island.conversations(600, seed=7, split="test"), island
 
 

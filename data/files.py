@@ -26,7 +26,7 @@ from errors import UserError
 
 LIMIT = 10_000_000  # bytes in a line or in a CSV cell: more is a broken file, not an example
 LISTS_IN_CELLS = ("messages", "conversations", "conversation", "answers", "completions", "responses", "turns",
-                  "history", "info", "summaries", "data")
+                  "history", "info", "summaries", "data", "choices", "endings", "mc1_targets", "mc2_targets")
 
 
 # ---- files: every ending becomes (row number, raw row or BadRow) ----
@@ -272,30 +272,57 @@ def load(path, want, merge_system=False, score="score"):
         raise ValueError(f"want is one of {', '.join(FORMS)}, not {want!r}")
     path = Path(path).expanduser()
     report, rows, flat = Report(path.name), [], {}
-    try:
-        for number, raw in read_rows(path):
-            report.read += 1
-            try:
-                shape, internal = recognise(raw, want)
-                if "flat" in internal and internal["flat"]["message_id"] in flat:
-                    raise BadRow("message_id seen before")
-                if "flat" in internal:
-                    flat[internal["flat"]["message_id"]] = (number, internal["flat"])
-                    continue
-                parts = tree_rows(internal["tree"], want) if "tree" in internal else [internal]
-                made = [finished(part, raw, want, merge_system, score) for part in parts]
-                if not made:
-                    raise BadRow("a tree without the wanted form")
-            except BadRow as bad:
-                report.drop(bad, number)
+    for number, raw in read(path):
+        report.read += 1
+        try:
+            shape, internal = recognise(raw, want)
+            if "flat" in internal and internal["flat"]["message_id"] in flat:
+                raise BadRow("message_id seen before")
+            if "flat" in internal:
+                flat[internal["flat"]["message_id"]] = (number, internal["flat"])
                 continue
-            rows += made
-            report.keep(shape.name, len(made))
+            parts = tree_rows(internal["tree"], want) if "tree" in internal else [internal]
+            made = [finished(part, raw, want, merge_system, score) for part in parts]
+            if not made:
+                raise BadRow("a tree without the wanted form")
+        except BadRow as bad:
+            report.drop(bad, number)
+            continue
+        rows += made
+        report.keep(shape.name, len(made))
+    rows += flat_rows(flat, want, merge_system, score, report)
+    check(report, NEEDS[want], path)
+    return rows, report
+
+
+def read(path):
+    """read_rows, with one sentence where the file cannot be read, or from where on it is damaged."""
+    try:
+        yield from read_rows(path)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(unreadable(path, error)) from None
-    rows += flat_rows(flat, want, merge_system, score, report)
-    check(report, want, path)
-    return rows, report
+
+
+def stream(path, convert, needs):
+    """Row by row, for files that do not fit into memory -> (row number, convert(raw row), or the BadRow that it raised).
+
+    needs: what a row has to be, for the sentence of a file that holds something else ("a post has a title and ...").
+    Raises UserError where the file cannot be read and, after its last row, where more than half of the rows are bad.
+    """
+    path = Path(path).expanduser()
+    report = Report(path.name)
+    for number, raw in read(path):
+        report.read += 1
+        try:
+            if isinstance(raw, BadRow):
+                raise raw
+            made = convert(raw)
+            report.keep("", 1)
+        except BadRow as bad:
+            report.drop(bad, number)
+            made = bad
+        yield number, made
+    check(report, needs, path)
 
 
 def flat_rows(flat, want, merge_system, score, report):
@@ -328,7 +355,7 @@ def unreadable(path, error):
     return f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): check the path and the disk."
 
 
-def check(report, want, path):
+def check(report, needs, path):
     """Stops where nothing is left, or where so much is bad that the file was probably misunderstood."""
     if not report.read:
         raise UserError(f"{path} is empty: it needs at least one row.")
@@ -338,11 +365,11 @@ def check(report, want, path):
     reason, (count, first) = max(report.dropped.items(), key=lambda item: (item[0] not in FINE, item[1][0]))
     if report.forms[reason]:
         where = f"row {first:,}, {count:,} of {report.read:,} rows"
-        raise UserError(f"{path} {reason}; {NEEDS[want]} (first: {where}).")
+        raise UserError(f"{path} {reason}; {needs} (first: {where}).")
     detail = f": {report.details[reason]}" if report.details[reason] else ""
     much = (f"{bad:,} of its {report.read:,} rows are bad" if report.kept else
             f"none of its {report.read:,} rows can be used")
-    cure = CURES.get(reason, NEEDS[want] if reason in FINE else "mend or remove those rows")
+    cure = CURES.get(reason, needs if reason in FINE else "mend or remove those rows")
     raise UserError(f"{path}: {much}; most often: {reason} ({count:,}, first: row {first:,}{detail}); {cure}.")
 
 

@@ -40,6 +40,10 @@ class BadRow(Exception):
 
 # ---- turns: every spelling of a message becomes {"role", "content"} ----
 
+def says(role, text):
+    return {"role": role, "content": text}
+
+
 def first(raw, *keys):
     """The first of these keys' values that is there, or None."""
     return next((raw[key] for key in keys if raw.get(key) is not None), None)
@@ -536,7 +540,12 @@ def finished(internal, raw, want, merge_system, score):
     row |= {key: raw[key] for key in KEPT_KEYS if isinstance(raw.get(key), str)}
     texts = [value for value in row.values() if isinstance(value, str)] + row.get("follow_ups", [])
     texts += [message["content"] for message in row.get("messages", row.get("prompt", []))]
-    texts += [answer["text"] for answer in row.get("answers", [])]
+    check_texts(texts + [answer["text"] for answer in row.get("answers", [])])
+    return row
+
+
+def check_texts(texts):
+    """Raises BadRow where a string cannot be written or tokenized."""
     for text in texts:
         if "\0" in text:
             raise BadRow("NUL byte")
@@ -544,4 +553,3 @@ def finished(internal, raw, want, merge_system, score):
             text.encode()
         except UnicodeEncodeError:  # bytes that are no UTF-8 arrive here as surrogates too: see open_text
             raise BadRow("not UTF-8, or half of a surrogate pair") from None
-    return row

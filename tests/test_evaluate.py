@@ -234,6 +234,7 @@ def test_choices_print_a_row_a_model_and_task(folders, tmp_path, capsys):
     ({"folders": ["x"], "data": "a.jsonl,./a.jsonl"}, "two files are called a"),
     ({"folders": ["x"], "choices": "empty.jsonl"}, "empty.jsonl"),
     ({"folders": ["x"], "judge": "gold", "judge_reference": True}, "--judge-reference.*none is given"),
+    ({"folders": ["x"], "choices": "quiz", "shots": "some"}, "--shots some: give a number"),
     ({"folders": ["x"], "judge": "nobody"}, "--judge nobody"),
 ])
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, settings, words):

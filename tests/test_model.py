@@ -7,7 +7,7 @@ import torch
 
 import model as base
 from errors import UserError
-from model import GPT, GPTConfig, generate, sample, token_logps
+from model import GPT, GPTConfig, generate, sample, stream, token_logps
 
 
 def tiny(seed=0, **settings):
@@ -99,11 +99,54 @@ def test_a_row_ends_at_its_stop_token_and_the_others_go_on():
     assert {len(row) == 15 for row in stopped} == {True, False}
 
 
+@pytest.mark.parametrize("settings", [dict(temperature=0.8), dict(top_p=0.8), dict(top_k=5)])
+@torch.inference_mode()
+def test_sampling_takes_one_random_number_per_row_and_token(settings):
+    model, generator = tiny(seed=4).eval(), torch.Generator().manual_seed(7)
+    prompts, settings = torch.randint(50, (3, 6)), {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | settings
+    ids = prompts
+    for _ in range(10):  # the uncached model
+        ids = torch.cat([ids, sample(model(ids)[:, -1], generator=generator, **settings)[:, None]], dim=1)
+    assert generate(model, prompts.tolist(), 10, seed=7, **settings) == ids[:, 6:].tolist()
+
+
+def test_a_stream_gives_each_token_when_it_is_sampled(monkeypatch):
+    model, prompts = tiny(seed=3), [[1, 2, 3], [4], [5, 6]]
+    stop = generate(model, prompts, 8, seed=2)[0][2]
+    whole = generate(model, prompts, 8, stop=stop, seed=2)
+    passes, hidden = [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *args: passes.append(1) or hidden(*args))
+    steps = []
+    for tokens in stream(model, prompts, 8, stop=stop, seed=2):
+        steps.append(tokens)
+        assert len(passes) == len(steps)  # no pass is made before its token is wanted
+    for row in range(3):
+        assert [token for tokens in steps for r, token in tokens if r == row] == whole[row]
+    assert [len(tokens) for tokens in steps] == [sum(len(row) > t for row in whole) for t in range(len(steps))]
+    assert len(set(map(len, whole))) > 1
+
+
+def test_training_mode_comes_back_however_a_stream_ends(monkeypatch):
+    model = tiny(dropout=0.5)
+    tokens = stream(model, [[1, 2]], 9)
+    assert model.training and next(tokens) and not model.training and not torch.is_inference_mode_enabled()
+    tokens.close()  # whoever asked wants no more
+    assert model.training
+    for _ in stream(model, [[1, 2]], 3):
+        pass
+    assert model.training
+    monkeypatch.setattr(base, "sample", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, [[1]], 3)
+    assert model.training
+
+
 def test_generation_is_seeded_and_leaves_training_mode_alone():
     model, prompts = tiny(dropout=0.5), [[1, 2, 3], [4]]
     a, b, c = (generate(model, prompts, 10, seed=s) for s in (0, 0, 1))
     assert a == b != c and model.training
     state = torch.get_rng_state()
+    assert len({str(generate(model, prompts, 10)) for _ in range(3)}) > 1  # without a seed every call is another
     generate(model, prompts, 3, seed=5)
     assert torch.equal(state, torch.get_rng_state())  # a sample while training does not change the training
 
