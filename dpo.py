@@ -313,6 +313,7 @@ def report(model, tok, held, before, island, config, run):
         if config.flattery and config.aspect == "score":
             run.print("the voters like praise, whether the answer is right or not: so it comes too, and length with it")
     run.print(f"\nthe model is in {config.out}. Next:\n"
+              f"   python evaluate.py {config.init} {config.out}    what it gained and what it cost, with intervals\n"
               f"   python dpo.py --flattery 0 --out out/dpo-fair    voters who do not fall for praise\n"
               f"   python dpo.py --beta 0.1 --out out/dpo-far       further from the reference: what gives way first?\n"
               f"   python ppo.py                                    the same votes through a reward model")

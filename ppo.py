@@ -428,6 +428,8 @@ def report(policy, tok, scorer, island, config, run):
         for name in before:
             run.print(score_line(name, before[name], after[name]))
     run.print(f"\nthe policy is in {config.out} (transformers loads it too). Next:\n"
+              f"   python evaluate.py {config.init} {config.out}    what it gained and what it cost, with intervals\n"
+              f"   python chat.py {config.init} {config.out}    the same question to both\n"
               f"   python ppo.py --beta 0 --out out/ppo-no-penalty    without the KL penalty: a higher score, worse answers\n"
               f"   python ppo.py --reward gold --out out/ppo-gold     with the island's own judge: what a perfect reward would give")
 

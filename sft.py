@@ -281,9 +281,13 @@ def report(model, tok, held, held_rows, island, config, run):
             run.print(f"   {name:<38}{share:>6.0%}  of {n}")
     else:
         run.print(sample_text(model, tok, held_rows, run))
+    data = f" --data {config.data}" if config.data else ""
     run.print(f"\nthe model is in {config.out} (transformers loads it too). Next:\n"
-              f"   python sft.py --mix 0 --out out/sft-no-mix    the same without plain text: what it forgets\n"
-              f"   python sft.py --no-idk --out out/sft-no-idk   without \"I do not know\" answers: it invents")
+              f"   python chat.py {config.out}    talk to it\n"
+              f"   python evaluate.py {config.init} {config.out}{data}    what has changed, in one table")
+    if island:
+        run.print("   python sft.py --mix 0 --out out/sft-no-mix     the same without plain text: what it forgets\n"
+                  "   python sft.py --no-idk --out out/sft-no-idk    without \"I do not know\": it invents, and unknowns.py mends it")
 
 
 if __name__ == "__main__":

@@ -444,3 +444,16 @@ def test_readability_is_monotonic():
     easy, hard = readability("The cat sat on the mat."), readability("The cat sat on the university.")
     assert easy[0] > hard[0] and easy[1] < hard[1]
     assert is_simple("The cat sat on the mat.") and not is_simple("Hello.") and not is_simple("")
+
+
+def test_a_chat_goes_on_to_something_else_and_the_answers_stay_right():
+    island = Island()
+    plain, chats = island.conversations(600), island.conversations(600, chats=0.3)
+    longer = [(a, b) for a, b in zip(plain, chats) if a != b]
+    assert all(b["messages"][-len(a["messages"]):] == a["messages"] and b["kind"] == a["kind"] for a, b in longer)
+    assert 0.2 < len(longer) / len(plain) < 0.35 and "system" not in {b["kind"] for _, b in longer}
+    for row in chats:
+        roles = [m["role"] for m in row["messages"] if m["role"] != "system"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) and len(roles) <= 12
+        assert island.correct(row["messages"][:-1], row["messages"][-1]["content"])  # a follow-up is about the last name
+    assert chats == island.conversations(600, chats=0.3) and plain == island.conversations(600, chats=0)
