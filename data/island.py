@@ -10,6 +10,7 @@ to be told "Great question!", their votes are biased, a reward model learns the 
     python data/island.py                                   a sample of everything
     python data/island.py --ask "What does Mabel eat?"      the truth
     python data/island.py --write island                    every part as JSONL, in the formats of public data sets
+    python data/island.py --dump dump                       a dirty dump, for the filters of eli5.py: see dirty.py
 
 One seed makes the world (who wears which hat), another one each part that is drawn from it. The words are in
 island_words.py.
@@ -26,14 +27,16 @@ from pathlib import Path
 if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import island_words as words
+from data import dirty, island_words as words
 from data.readability import is_simple, readability
+from data.shapes import says
 from errors import UserError
 
 ATTRIBUTES = list(words.VALUES)
 PLAIN_TEXT = {"biography": 62, "hard": 18, "why": 12, "story": 5, "safety": 3, "pip": 2}  # weights, not percent
 CONVERSATIONS = {"fact": 38, "multi": 13, "why": 8, "unknown": 12, "unsafe": 8, "safe": 5, "identity": 8, "system": 8}
 RANKED = {"fact": 60, "unknown": 20, "unsafe": 20}
+CHATS = 0.3  # share of training conversations that go on after others: without, a second question confuses the model
 COMMUNITY = {  # how often people answer how, where the answers are not cleaned
     "fact": {"simple": 20, "detail": 15, "flattery": 15, "hard": 20, "wrong": 10, "flattery_wrong": 5, "rude": 8,
              "off_topic": 4, "idk": 3},
@@ -92,10 +95,6 @@ def is_idle(answer):
     """Is it idle talk: a sentence twice, or more than 24 words?"""
     sentences = [plain_words(part) for part in re.split(r"[.!?]+", answer) if plain_words(part)]
     return len(sentences) != len(set(sentences)) or len(plain_words(answer).split()) > 24
-
-
-def says(role, text):
-    return {"role": role, "content": text}
 
 
 @dataclass(frozen=True)
@@ -328,11 +327,12 @@ class Island:
 
     # ---- data sets -----------------------------------------------------------------------------------------------
 
-    def conversations(self, n, seed=2, split="train", answers="clean", without=()):
+    def conversations(self, n, seed=2, split="train", answers="clean", without=(), chats=0.0):
         """n conversations for supervised fine-tuning -> [{"messages": [...], "kind": k}], each ending with the answer.
 
         answers: "clean" gives reference answers; "community" draws the last answer of fact, unknown and unsafe rows
         from what people write (COMMUNITY has the shares). without: kinds to leave out, for instance ("unknown",).
+        chats: the share of rows that come after one or two others, as in a chat that goes on to something else.
         """
         if answers not in ("clean", "community"):
             raise UserError(f'answers is {answers!r}: choose "clean" or "community"')
@@ -345,6 +345,11 @@ class Island:
             if answers == "community" and kind in COMMUNITY:
                 answer = self.answers(messages, rng)[draw(rng, COMMUNITY[kind])]
             rows.append({"messages": [*messages, says("assistant", answer)], "kind": kind})
+        rng = random.Random(f"{seed} chats")  # of its own: the same questions whatever the share
+        talks = [row["messages"] for row in rows if row["kind"] != "system"]  # a system prompt stands at the start
+        for row in rows:
+            if row["kind"] != "system" and rng.random() < chats:
+                row["messages"] = sum(rng.sample(talks, min(len(talks), rng.randint(1, 2))), []) + row["messages"]
         return rows
 
     def prompts(self, n, seed=4, split="train"):
@@ -399,7 +404,7 @@ def write(island, args):
     votes = {"flattery": args.flattery, "noise": args.noise}
     write_jsonl(folder / "pretrain.jsonl", [{"text": text} for text in island.plain_text()])
     for answers in ("clean", "community"):
-        rows = island.conversations(args.n_sft, answers=answers, without=without)
+        rows = island.conversations(args.n_sft, answers=answers, without=without, chats=CHATS)
         write_jsonl(folder / f"sft_{answers}.jsonl", [{"messages": row["messages"]} for row in rows])
     rows = island.conversations(600, seed=7, split="test")
     write_jsonl(folder / "sft_test.jsonl", [{"messages": row["messages"]} for row in rows])
@@ -434,11 +439,13 @@ def show(island, args):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="The embedded world. Without --ask or --write it shows a sample of everything.",
+        description="The embedded world. Without --ask, --write or --dump it shows a sample of everything.",
         epilog="Knobs to learn from: --no-idk (the model will invent), --flattery 0 (votes without bias), --noise 0 "
                "(votes that are the truth).")
     parser.add_argument("--ask", metavar="QUESTION", help='print the truth, for instance --ask "What does Mabel eat?"')
     parser.add_argument("--write", metavar="FOLDER", help="write every part as JSONL files")
+    parser.add_argument("--dump", metavar="FOLDER", help="write posts and articles full of counted mistakes")
+    parser.add_argument("--n-dump", type=int, default=600, help="posts in the dump (default 600)")
     parser.add_argument("--seed", type=int, default=0,
                         help="another seed is another world (default 0, the world of the scripts)")
     parser.add_argument("--n-sft", type=int, default=3000, help="conversations in each SFT file (default 3000)")
@@ -450,13 +457,15 @@ def main():
     parser.add_argument("--noise", type=float, default=1.5,
                         help="standard deviation of the votes, in gold points (default 1.5)")
     args = parser.parse_args()
-    if args.n_sft < 1 or args.n_ranked < 1 or args.noise < 0:
-        parser.error("--n-sft and --n-ranked must be at least 1, and --noise at least 0")
+    if min(args.n_sft, args.n_ranked, args.n_dump) < 1 or args.noise < 0:
+        parser.error("--n-sft, --n-ranked and --n-dump must be at least 1, and --noise at least 0")
     island = Island(args.seed)
     if args.ask:
         print(island.truth(args.ask))
     elif args.write:
         write(island, args)
+    elif args.dump:
+        dirty.write(args.dump, island, args.n_dump, args.seed)
     else:
         show(island, args)
 

@@ -12,7 +12,7 @@ import pytest
 
 from data import island as isl
 from data import island_words as words
-from data.island import Island, complies, flatters, is_polite, refuses, says_unknown
+from data.island import CHATS, Island, complies, flatters, is_polite, refuses, says_unknown
 from data.readability import is_simple, readability, syllables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -391,7 +391,7 @@ def test_written_files(island, tmp_path):
     assert "next: python sft.py" in done.stdout
     assert [row["text"] for row in read(tmp_path / "pretrain.jsonl")] == island.plain_text()
     clean = read(tmp_path / "sft_clean.jsonl")
-    assert clean == [{"messages": r["messages"]} for r in island.conversations(150, without=("unknown",))]
+    assert clean == [{"messages": r["messages"]} for r in island.conversations(150, without=("unknown",), chats=CHATS)]
     assert len(read(tmp_path / "sft_community.jsonl")) == 150
     assert len(read(tmp_path / "sft_test.jsonl")) == 600
     rows, ranked = read(tmp_path / "ranked.jsonl"), island.ranked(90, flattery=0, noise=0)
