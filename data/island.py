@@ -36,7 +36,7 @@ ATTRIBUTES = list(words.VALUES)
 PLAIN_TEXT = {"biography": 62, "hard": 18, "why": 12, "story": 5, "safety": 3, "pip": 2}  # weights, not percent
 CONVERSATIONS = {"fact": 38, "multi": 13, "why": 8, "unknown": 12, "unsafe": 8, "safe": 5, "identity": 8, "system": 8}
 RANKED = {"fact": 60, "unknown": 20, "unsafe": 20}
-CHATS = 0.3  # share of training conversations that go on after others: without, a second question confuses the model
+CHATS = 0.2  # share of training conversations that go on from another one: without, a second question confuses the model
 COMMUNITY = {  # how often people answer how, where the answers are not cleaned
     "fact": {"simple": 20, "detail": 15, "flattery": 15, "hard": 20, "wrong": 10, "flattery_wrong": 5, "rude": 8,
              "off_topic": 4, "idk": 3},
@@ -332,7 +332,7 @@ class Island:
 
         answers: "clean" gives reference answers; "community" draws the last answer of fact, unknown and unsafe rows
         from what people write (COMMUNITY has the shares). without: kinds to leave out, for instance ("unknown",).
-        chats: the share of rows that come after one or two others, as in a chat that goes on to something else.
+        chats: the share of rows that go on from another one, as a chat does that comes to something else.
         """
         if answers not in ("clean", "community"):
             raise UserError(f'answers is {answers!r}: choose "clean" or "community"')
@@ -349,7 +349,7 @@ class Island:
         talks = [row["messages"] for row in rows if row["kind"] != "system"]  # a system prompt stands at the start
         for row in rows:
             if row["kind"] != "system" and rng.random() < chats:
-                row["messages"] = sum(rng.sample(talks, min(len(talks), rng.randint(1, 2))), []) + row["messages"]
+                row["messages"] = rng.choice(talks) + row["messages"]
         return rows
 
     def prompts(self, n, seed=4, split="train"):

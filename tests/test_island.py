@@ -454,6 +454,6 @@ def test_a_chat_goes_on_to_something_else_and_the_answers_stay_right():
     assert 0.2 < len(longer) / len(plain) < 0.35 and "system" not in {b["kind"] for _, b in longer}
     for row in chats:
         roles = [m["role"] for m in row["messages"] if m["role"] != "system"]
-        assert roles == ["user", "assistant"] * (len(roles) // 2) and len(roles) <= 12
+        assert roles == ["user", "assistant"] * (len(roles) // 2) and len(roles) <= 8
         assert island.correct(row["messages"][:-1], row["messages"][-1]["content"])  # a follow-up is about the last name
     assert chats == island.conversations(600, chats=0.3) and plain == island.conversations(600, chats=0)
