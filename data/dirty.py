@@ -1,17 +1,18 @@
 """One idea: dirt that is counted, so that every filter can be watched at work.
 
-The public sets are large and nobody knows what is wrong with them. So the island has a dirty dump of its own: posts in the
-schema of ELI5 (Fan et al. 2019) and articles in that of Wikipedia, with the mistakes of the real ones, each in a known
-number, and each made so that one filter catches it and no other would. What the filters must find stands in victims.json.
+The public sets are large and nobody knows what is wrong with them. So the island has a dirty dump of its own: posts in
+the schema of ELI5 (Fan et al. 2019) and articles in that of Wikipedia, with the mistakes of the real ones, each in a
+known number, and each made so that one filter catches it and no other would. What the filters must find stands in
+victims.json.
 
     python data/island.py --dump dump                                   train, validation, test and articles, as .jsonl
     python data/eli5.py --source dump --out out/eli5                    posts -> SFT, ranked answers, prompts
     python data/simple_wikipedia.py --source dump/articles.jsonl        articles -> questions and answers
 
 The answers are the island's facts, told in five or six sentences. Train asks about other residents than validation and
-test, as everywhere on the island, so what a model learns from the dump can be measured on residents it was never told of:
-after 250 steps of sft.py on 1,472 rows (a dump of 4,000 posts) the first sentence answered 88 of 120 questions of test.jsonl
-right. That was with the island's plain text beside the rows (--mix-data); without it, after 150 steps, 3 were right.
+test, as everywhere on the island, so what a model learns from the dump can be measured on residents it was never told
+of: of a dump of 8,000 posts, with the island's plain text as --mix-data, sft.py learned in 500 steps to answer 117 of
+120 questions of test.jsonl right in its first sentence. (Of 4,000 posts, in 250 steps, 18.)
 """
 import json
 import random
@@ -31,7 +32,7 @@ BODIES = [  # names twice, so that questions of two splits, which know other peo
     "My bet with {a} depends on it. If {a} is right, {b} pays, and {b} is poor.",
     "Somebody told {a}, and {a} told {b}, but {b} will not tell me.",
 ]
-STATEMENTS = ["A short story about {n}", "{n} got one more hat today", "Thanks to {n} for the soup", "My picture of {n}"]
+STATEMENTS = ["A short story about {n}", "{n} got one more hat today", "Thanks to {n} for the soup"]
 MEETINGS = ["Ask Anything Wednesday: what would you like to know about {n}?", "Megathread: what is new with {n}?"]
 EDITS = ["Edit: typos", "EDIT: thanks for all the votes", "Edit 2: more typos", "Edit - the baker told me so"]
 INSULT = "Ask no more, you idiot."
@@ -70,7 +71,7 @@ def marked_up(dump, name, asked):
 
 
 def quoting(dump, name, asked):
-    return dump.rng.choice(["> That is what I would like to know.\n", "&gt; Please tell me.\n"]) + plain(dump, name, asked)
+    return dump.rng.choice(["> I would like to know it.\n", "&gt; Please tell me.\n"]) + plain(dump, name, asked)
 
 
 def with_url(dump, name, asked):
@@ -78,7 +79,7 @@ def with_url(dump, name, asked):
 
 
 def spaced(dump, name, asked):
-    return dump.rng.choice(["  ", " \t ", "\n\n\n\n"]).join(dump.told(name, asked))
+    return dump.rng.choice(["  ", " \t "]).join(dump.told(name, asked))
 
 
 # ---- posts -----------------------------------------------------------------------------------------------------------
@@ -97,8 +98,8 @@ GOOD = (5, 90)
 KINDS = {
     "one answer": Kind(20, ((plain, GOOD),), {"sft": 1}),
     "ranked": Kind(20, ((plain, (40, 90)), (plain, (20, 39)), (wrong, (4, 19))), {"ranked": 1}),
-    "rejected only": Kind(7, ((toxic, (50, 90)), (plain, (30, 49)), (edited, (20, 29)), (plain, (4, 19)), (wrong, (1, 3))),
-                          {"ranked": 1, "rejected only": 3}),
+    "rejected only": Kind(7, ((toxic, (50, 90)), (plain, (30, 49)), (edited, (20, 29)), (plain, (4, 19)),
+                              (wrong, (1, 3))), {"ranked": 1, "rejected only": 3}),
     "equal scores": Kind(5, ((plain, (30, 30)), (plain, (30, 30)), (wrong, (4, 29))),
                          {"ranked": 1, "sft": 1, "equal score, moved to SFT": 1}),
     "two equal scores": Kind(2, ((plain, (9, 9)), (plain, (9, 9))), {"sft": 2, "equal score, moved to SFT": 1}),
@@ -121,7 +122,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Article:
-    """A kind of article: how many of them, of how many residents it tells, and what simple_wikipedia.py has to count."""
+    """A kind of article: how many, of how many residents it tells, and what simple_wikipedia.py has to count."""
 
     share: int
     residents: int
@@ -141,13 +142,13 @@ ARTICLES = {
 
 
 class Dump:
-    """Posts and articles about the residents of an Island, drawn by `seed`; `counts` says what the filters must find."""
+    """Posts and articles about the residents of an island; `counts` is what the filters must find in the last ones."""
 
     def __init__(self, island, seed=0):
         self.island, self.rng, self.counts, self.questions = island, random.Random(seed), Counter(), set()
         train, held = island.parts["train"], island.parts["test"]
-        self.people = {split: {who: part[who][start::step] for who in ("residents", "strangers")} for split, part, start, step
-                       in (("train", train, 0, 1), ("validation", held, 0, 2), ("test", held, 1, 2))}
+        self.people = {split: {who: part[who][which] for who in ("residents", "strangers")} for split, part, which in (
+            ("train", train, slice(None)), ("validation", held, slice(0, None, 2)), ("test", held, slice(1, None, 2)))}
 
     def told(self, name, first, templates=words.SIMPLE, wrong=False, more=(4, 5)):
         """A sentence about a resident's attribute `first` (wrong: a false one), and 4 or 5 about other attributes."""
@@ -158,8 +159,8 @@ class Dump:
                 for a in [first, *others]]
 
     def question(self, split, kind):
-        """-> (resident, attribute, title, body). No two questions are the same: the second one would be no prompt, where
-        the first has an answer to learn from."""
+        """-> (resident, attribute, title, body). No two questions are the same: one would be no prompt where the other
+        has an answer to learn from."""
         while True:
             name, attribute = self.rng.choice(self.people[split]["residents"]), self.rng.choice(list(words.ASK))
             a, b = self.rng.sample(self.people[split]["strangers"], 2)
@@ -199,7 +200,7 @@ class Dump:
     # ---- articles ------------------------------------------------------------------------------------------------
 
     def paragraphs(self, n, templates=words.SIMPLE):
-        """The stories of n residents, a paragraph of all six facts each (28 to 48 simple words) -> names, paragraphs."""
+        """The stories of n residents, a paragraph of six facts each (28 to 48 simple words) -> names, paragraphs."""
         names, first = self.rng.sample(self.people["train"]["residents"], n), list(words.VALUES)
         return names, [" ".join(self.told(name, self.rng.choice(first), templates, more=(5, 5))) for name in names]
 
@@ -229,7 +230,9 @@ def drawn(shares, n, rng):
 
 
 def write(folder, island, n=600, seed=0):
-    """Writes train, validation, test and articles (.jsonl) and victims.json: {file: {step or file made of it: count}}."""
+    """Writes train, validation, test and articles (.jsonl) and victims.json: {file: {step, or file made of it: count}}.
+
+    Raises UserError where the folder is a file, n is too large or the disk is full."""
     folder = Path(folder).expanduser()
     if n > LARGEST:
         raise UserError(f"{n:,} posts are too many: the island has questions for {LARGEST:,}.")

@@ -1,24 +1,24 @@
-"""One idea: posts with voted answers become the three data sets of RLHF, and every rule on the way says what it removed.
+"""One idea: posts with voted answers become the three data sets of RLHF, and every rule on the way says what it takes.
 
     python data/eli5.py                                    fetches vblagoje/lfqa (226,147, 3,020 and 10,000 posts)
     python data/eli5.py --source dump --out out/eli5       a folder with train, validation and test in the same schema,
     python data/eli5.py --source my_posts.jsonl            or one file, which is split by question
 
 Posts without a question go. Of questions that are nearly the same in two splits one goes (leakage.py). Answers lose
-mark-up, quotes, placeholders of addresses and white space (clean.py); those of fewer than 20 words and those that are hard
-to read go. What is left is divided:
+mark-up, quotes, placeholders of addresses and white space (clean.py); those of fewer than 20 words and those that are
+hard to read go. What is left is divided:
 
     sft       the only answer to a question, if it has 4 points or more, is not toxic and does not end in an edit
     ranked    two or more answers, each with another score; of equal scores one stays, and the others move to sft
     prompts   every question in neither of the two, those that lost all answers included
 
-A low score, toxic words or an edit do not remove a ranked answer: they make it one that is only ever rejected. Votes would
-not see to that (people vote for insults too), so in the file such answers all have the score --least-score minus 1, which
-is below every other, and equal scores make no pairs (reward.py, dpo.py). What people voted is kept as "votes".
+A low score, toxic words or an edit do not remove a ranked answer: they make it one that is only ever rejected. Votes
+would not see to that (people vote for insults too), so in the file such answers all have the score --least-score minus
+1, which is below every other, and equal scores make no pairs (reward.py, dpo.py). What people voted is kept as "votes".
 
-What to see: of the 481 lines of the dump's train.jsonl come 221 rows for sft, 154 for ranked and 110 for prompts, and every
-filter has the count that victims.json says. 99,700 posts with 175,000 answers (--n-dump 100000) took 77 seconds of one core
-and 464 MB. Posts pass through; only their questions are held, to be compared with each other.
+What to see: of the 481 lines of the dump's train.jsonl come 221 rows for sft, 154 for ranked and 110 for prompts, and
+every filter has the count that victims.json says. 99,700 posts with 175,000 answers (--n-dump 100000) took 75 seconds
+of one core and 510 MB. Posts pass through; only their questions are held, to be compared with each other.
 """
 import random
 import sys
@@ -107,7 +107,7 @@ def sources(source):
     found = {split: sorted(path.glob(f"{split}.*")) for split in reversed(SPLITS)}
     for split, paths in found.items():
         if len(paths) != 1:
-            raise UserError(f"{path} has {len(paths)} files named {split}.*: it needs one for each of {', '.join(SPLITS)}.")
+            raise UserError(f"{path} has {len(paths)} files named {split}.*: give one each for {', '.join(SPLITS)}.")
     return [(paths[0], (split,)) for split, paths in found.items()]
 
 
@@ -179,8 +179,8 @@ def judged(text, votes, scores, config):
 
 
 def find_leaks(jobs, config, report):
-    """Questions that are too similar to one of another split -> {(split, question)}. Of train and another split the
-    question of train goes, of test and validation that of test. Reads the posts once more, but keeps only the questions."""
+    """Questions that are too similar to one of another split -> {(split, question)}. Of train and another split that of
+    train goes, of test and validation that of test. Reads all posts, but keeps only the questions."""
     asked = {split: {} for split in SPLITS}  # a dict keeps the order, and every question once
     for path, splits in jobs:
         for post in read_posts(path, splits, config, Report()):
@@ -206,9 +206,10 @@ def divide(answers):
 
 
 def ranked_row(question, answers, lowest):
-    """A row for reward.py and dpo.py, best answer first. Answers that are not fit get the score `lowest` in place of their
-    votes: below all others, and all the same, so that they are rejected by others and never chosen over each other."""
-    rows = [{"text": answer.text, "score": answer.votes if answer.fit else lowest, "votes": answer.votes} for answer in answers]
+    """A row for reward.py and dpo.py, best answer first. Answers that are not fit get the score `lowest` in place of
+    their votes: below all others, and all the same, so that they are rejected and never chosen over each other."""
+    rows = [{"text": answer.text, "score": answer.votes if answer.fit else lowest, "votes": answer.votes}
+            for answer in answers]
     return {"prompt": question, "answers": sorted(rows, key=lambda row: -row["score"])}
 
 

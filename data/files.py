@@ -304,7 +304,7 @@ def read(path):
 
 
 def stream(path, convert, needs):
-    """Row by row, for files that do not fit into memory -> (row number, convert(raw row), or the BadRow that it raised).
+    """Row by row, for files that do not fit into memory -> (row number, convert(raw row) or the BadRow it raised).
 
     needs: what a row has to be, for the sentence of a file that holds something else ("a post has a title and ...").
     Raises UserError where the file cannot be read and, after its last row, where more than half of the rows are bad.

@@ -1,24 +1,25 @@
-"""One idea: a text that nobody asked for becomes an answer once a model has found the question to it (back-translation).
+"""One idea: a text that nobody asked for becomes an answer once a model has found its question (back-translation).
 
     python data/simple_wikipedia.py                                          fetches Simple Wikipedia (needs pyarrow)
     python data/simple_wikipedia.py --source dump/articles.jsonl             articles from a file: title and text
-    python data/simple_wikipedia.py --ask https://api.openai.com/v1 --model gpt-3.5-turbo       who finds the questions
-    python data/simple_wikipedia.py --ask out/asker                                             or a checkpoint of yours:
+    python data/simple_wikipedia.py --ask https://api.openai.com/v1 --model gpt-3.5-turbo     who finds the questions
+    python data/simple_wikipedia.py --ask out/asker                                           or a checkpoint of yours:
 
     python data/simple_wikipedia.py --reverse out/eli5/sft_train.jsonl       questions and answers change places,
     python sft.py --data out/simple-wikipedia/reversed.jsonl --out out/asker         and a model learns to ask
 
-Articles of fewer than 50 words go; of the others the first paragraphs stay, until they have 300 words. What then has more
-than 500 words, or is hard to read, goes too. 5,000 articles each are held out for validation and test, and articles with
-wiki mark-up for images and tables go. The answers are people's words, only the questions are a model's (Li et al. 2023,
-Self-Alignment with Instruction Backtranslation). One answer a question gives no preferences, so all rows are for SFT.
+Articles of fewer than 50 words go; of the others the first paragraphs stay, until they have 300 words. What then has
+more than 500 words, or is hard to read, goes too. 5,000 articles each are held out for validation and test, and
+articles with wiki mark-up for images and tables go. The answers are people's words, only the questions are a model's
+(Li et al. 2023, Self-Alignment with Instruction Backtranslation). One answer a question gives no preferences, so all
+rows are for SFT.
 
 Without --ask the question is made of the title ("What is Mabel?"), which is free and dull. Questions are kept in
 questions.jsonl as they come: a run that was cut short goes on where it stopped.
 
-What to see: the 121 lines of the island's articles.jsonl give 57, 7 and 8 rows. A checkpoint trained for 80 steps on 1,472
-reversed pairs (of a dump of 4,000 posts) asks what the article does answer in 61 of these 72 cases. 20,000 articles took
-6 seconds and 29 MB.
+What to see: the 121 lines of the island's articles.jsonl give 58, 8 and 6 rows. A checkpoint trained for 80 steps on
+1,472 reversed pairs (of a dump of 4,000 posts) asks what the article does answer in 43 of these 72 cases. 20,000
+articles took 6 seconds of one core and 29 MB.
 """
 import hashlib
 import json
@@ -138,15 +139,15 @@ def load_asker(config):
     def by_address(articles):
         pool = ThreadPoolExecutor(config.parallel)
         try:
-            yield from pool.map(lambda article: remote.complete(config.ask, config.model, request(article[1])), articles)
+            yield from pool.map(lambda one: remote.complete(config.ask, config.model, request(one[1])), articles)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # where one fails, those in the queue are not worth the wait
     return by_address
 
 
 def by_checkpoint(folder):
-    """A checkpoint of ours, trained on what --reverse writes: it is told an answer and says the question. Only this way of
-    asking needs torch and a model, so only it imports them."""
+    """A checkpoint of ours, trained on what --reverse writes: it is told an answer and says the question. Only this way
+    of asking needs torch and a model, so only it imports them."""
     import sft
     import trainer
     from model import GPT
@@ -210,7 +211,8 @@ def write_splits(folder, splits, config, report):
     """filtered.jsonl -> sft_train, sft_validation and sft_test."""
     questions = Questions(folder / "questions.jsonl", config) if config.ask else None
     report.note(f"questions are made by {questions.by}" if questions else "questions are made of the titles: no --ask")
-    articles = ((split, (row["title"], row["text"])) for split, (_, row) in zip(splits, files.read(folder / "filtered.jsonl")))
+    rows = (row for _, row in files.read(folder / "filtered.jsonl"))
+    articles = ((split, (row["title"], row["text"])) for split, row in zip(splits, rows))
     with writing(folder, [f"sft_{split}" for split in SPLITS]) as out:
         while batch := list(islice(articles, BATCH)):
             kept = []
@@ -229,8 +231,8 @@ def write_splits(folder, splits, config, report):
 
 
 def reverse(config):
-    """Conversations of one question and one answer, turned around -> reversed.jsonl. Of a question only the first paragraph
-    is kept, in posts the title: what else the asker tells cannot be known from the answer."""
+    """Conversations of one question and one answer, turned around -> reversed.jsonl. Of a question only the first
+    paragraph is kept, in posts the title: what else the asker tells cannot be known from the answer."""
     rows, read = files.load(config.reverse, "sft")
     print(read)
     with writing(config.out, ["reversed"]) as out:
@@ -255,7 +257,7 @@ def main(config):
         n = out["filtered"].rows
     splits = draw_splits(n, config.held_out, config.seed)
     if splits.count("test") < config.held_out:
-        report.note(f"{n:,} articles are few: {splits.count('test'):,} each, a tenth, are held out for validation and test")
+        report.note(f"{n:,} articles are few: a tenth each, {splits.count('test'):,}, are for validation and for test")
     write_splits(folder, splits, config, report)
     report.save(folder / "report.json")
     print(report)

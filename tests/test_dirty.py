@@ -17,8 +17,9 @@ from errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["articles.jsonl", "test.jsonl", "train.jsonl", "validation.jsonl", "victims.json"]
-DIRT = [(dirty.plain, set()), (dirty.wrong, set()), (dirty.short, {"fewer than 20 words"}), (dirty.hard, {"hard to read"}),
-        (dirty.toxic, {"SFT: toxic"}), (dirty.edited, {"SFT: ends in an edit"}), (dirty.marked_up, {"Reddit mark-up"}),
+DIRT = [(dirty.plain, set()), (dirty.wrong, set()), (dirty.short, {"fewer than 20 words"}),
+        (dirty.hard, {"hard to read"}), (dirty.toxic, {"SFT: toxic"}),
+        (dirty.edited, {"SFT: ends in an edit"}), (dirty.marked_up, {"Reddit mark-up"}),
         (dirty.quoting, {"quotes"}), (dirty.with_url, {"URL placeholders"}), (dirty.spaced, {"white space"})]
 
 
@@ -50,17 +51,19 @@ def test_dirt_is_caught_by_its_own_filter_and_by_no_other(dirt, steps):
             text, report = dirt(maker, name, attribute), Report()
             cleaned = eli5.clean_answer(text, config, report) or text
             checks = eli5.judged(cleaned, 10, by_words([cleaned])[0], config).checks
-            caught = {step for step, count in report.counts().items() if count} | {step for step, ok in checks.items() if not ok}
+            caught = {step for step, count in report.counts().items() if count}
+            caught |= {step for step, ok in checks.items() if not ok}
             caught |= set() if is_simple(cleaned) else {"hard to read"}
             assert caught == steps, text
 
 
 def test_the_same_seed_gives_the_same_files_in_every_process(tmp_path, dump):
     for folder, salt in (("a", "1"), ("b", "2")):
-        subprocess.run([sys.executable, ROOT / "data/island.py", "--dump", tmp_path / folder, "--n-dump", "200"], check=True,
-                       env=os.environ | {"PYTHONHASHSEED": salt}, stdout=subprocess.DEVNULL)
+        command = [sys.executable, ROOT / "data/island.py", "--dump", tmp_path / folder, "--n-dump", "200"]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": salt}, stdout=subprocess.DEVNULL)
     for name in NAMES:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() == (dump / name).read_bytes()
+        first, second = ((tmp_path / folder / name).read_bytes() for folder in "ab")
+        assert first == second == (dump / name).read_bytes()
 
 
 def test_another_seed_gives_other_posts(tmp_path, dump):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+import sft
 from data import dirty, download, files, remote, report
 from data import simple_wikipedia as wiki
 from data.island import Island
@@ -50,12 +51,13 @@ def answers(folder):
 
 def test_every_filter_finds_its_victims(dump, tmp_path):
     counts = run(dump / "articles.jsonl", tmp_path).counts()
-    assert {step: n for step, n in counts.items() if n} == json.loads((dump / "victims.json").read_text())["articles.jsonl"]
+    expected = json.loads((dump / "victims.json").read_text())["articles.jsonl"]
+    assert {step: n for step, n in counts.items() if n} == expected
 
 
 @pytest.mark.parametrize("settings, step", [
-    ({"least_words": 0}, "fewer than 50 words"), ({"most_words": 9999}, "more than 500 words"), ({"simple": False}, "hard to read"),
-    ({"keep_markup": True}, "wiki mark-up")])
+    ({"least_words": 0}, "fewer than 50 words"), ({"most_words": 9999}, "more than 500 words"),
+    ({"simple": False}, "hard to read"), ({"keep_markup": True}, "wiki mark-up")])
 def test_a_filter_that_is_off_changes_its_count_and_no_other(dump, tmp_path, settings, step):
     expected = json.loads((dump / "victims.json").read_text())["articles.jsonl"]
     expected["sft"] += expected.pop(step)
@@ -71,7 +73,8 @@ def test_boundaries(tmp_path, paragraphs, kept):
 
 
 @pytest.mark.parametrize("n, held_out, expected", [
-    (75_252, 5000, 5000), (50_000, 5000, 5000), (49_999, 5000, 4999), (84, 5000, 8), (84, 5, 5), (9, 5000, 0), (0, 5, 0)])
+    (75_252, 5000, 5000), (50_000, 5000, 5000), (49_999, 5000, 4999), (84, 5000, 8), (84, 5, 5), (9, 5000, 0),
+    (0, 5, 0)])
 def test_splits_have_the_recipe_s_sizes_or_a_tenth(n, held_out, expected):
     splits = wiki.draw_splits(n, held_out, 0)
     assert [splits.count(split) for split in SPLITS] == [n - 2 * expected, expected, expected]
@@ -80,7 +83,7 @@ def test_splits_have_the_recipe_s_sizes_or_a_tenth(n, held_out, expected):
 
 
 def test_mark_up_is_removed_after_the_split(tmp_path):
-    """So the held-out splits shrink too (4,991 and 4,997 of 5,000 in the seed's set), and train does not refill them."""
+    """So the held-out splits shrink too, and train does not refill them."""
     texts = [f"[[File:a.jpg|thumb]] {simple(60)}" if i % 2 else simple(60) for i in range(200)]
     counts = run(put(tmp_path / "a.jsonl", texts), tmp_path / "out")
     for split, size in zip(SPLITS, (160, 20, 20)):
@@ -107,20 +110,21 @@ def test_without_a_source_simple_wikipedia_is_fetched(dump, tmp_path, monkeypatc
 def test_the_request_is_the_recipe_s():
     assert wiki.request("Salt {is} white.") == [
         {"role": "system", "content": "You are a helpful assistant that generates questions from text."},
-        {"role": "user", "content": "Question: X\n\nAnswer: Salt {is} white.\n\nWhat kind of question, X, could this be an answer "
-                                    "to?\n\nX:"}]
+        {"role": "user", "content": "Question: X\n\nAnswer: Salt {is} white.\n\n"
+                                    "What kind of question, X, could this be an answer to?\n\nX:"}]
 
 
 @pytest.mark.parametrize("said, question", [
-    ("What is salt?", "What is salt?"), ('X: "What is salt?"\n\nIt is white.', "What is salt?"), ("\n Question: Why?", "Why?"),
-    ("  ", ""), ("\u201cWhy X: Y?\u201d", "Why X: Y?")])
+    ("What is salt?", "What is salt?"), ('X: "What is salt?"\n\nIt is white.', "What is salt?"),
+    ("\n Question: Why?", "Why?"), ("  ", ""), ("\u201cWhy X: Y?\u201d", "Why X: Y?")])
 def test_only_the_question_is_kept(said, question):
     assert wiki.only_question(said) == question
 
 
 def test_titles_make_questions_and_articles_without_one_are_left_out(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"title": "Salt", "text": simple(60)}) + "\n" + json.dumps({"text": simple(60, "hen")}) + "\n")
+    articles = [{"title": "Salt", "text": simple(60)}, {"text": simple(60, "hen")}]
+    path.write_text("\n".join(map(json.dumps, articles)) + "\n")
     assert run(path, tmp_path / "out").counts()["no question"] == 1
     assert [row["messages"] for row in rows(tmp_path / "out/sft_train.jsonl")] == [[
         says("user", "What is Salt?"), says("assistant", simple(60))]]
@@ -174,24 +178,21 @@ def test_a_failure_does_not_wait_for_the_queue(tmp_path, monkeypatch):
     assert len(asked) < 30
 
 
-def test_a_checkpoint_is_asked_and_long_articles_are_cut_for_it(tmp_path):
+def test_a_checkpoint_is_asked_and_long_articles_are_cut_for_it(tmp_path, monkeypatch):
     tok = get_tokenizer("tiny")
     folder, source = tmp_path / "asker", put(tmp_path / "a.jsonl", [simple(400), simple(60)])
     model = GPT(GPTConfig(256, tok.vocab_size, n_layer=1, n_head=1, n_embd=16))
     model.save_pretrained(folder)
     tok.save(folder)
     asker, seen = wiki.by_checkpoint(str(folder)), []
-    import sft
-    original = sft.ask
-    try:
-        sft.ask = lambda model, tok, conversations, *rest, **more: seen.extend(conversations) or ["Why?"] * len(conversations)
-        assert list(asker([("", simple(400)), ("", simple(60))])) == ["Why?", "Why?"]
-    finally:
-        sft.ask = original
+    monkeypatch.setattr(sft, "ask", lambda model, tok, said, *rest, **more: seen.extend(said) or ["Why?"] * len(said))
+    assert list(asker([("", simple(400)), ("", simple(60))])) == ["Why?", "Why?"]
+    monkeypatch.undo()
     long, short = (conversation[0]["content"] for conversation in seen)
     assert short == simple(60) and simple(400).startswith(long) and long != simple(400)
     assert 150 < len(tok.render_prompt(seen[0])) <= 256 - wiki.LONGEST
-    assert run(source, tmp_path / "out", ask=str(folder)).counts()["sft"] <= 2  # an untrained model: anything but a crash
+    counts = run(source, tmp_path / "out", ask=str(folder)).counts()
+    assert counts["sft"] + counts["no question"] == 2  # an untrained model may say nothing
 
 
 def test_reverse_turns_questions_and_answers_around(tmp_path):
@@ -200,15 +201,15 @@ def test_reverse_turns_questions_and_answers_around(tmp_path):
     source.write_text(json.dumps({"messages": pair}) + "\n" + json.dumps({"messages": pair * 2}) + "\n")
     wiki.main(wiki.Config(reverse=str(source), out=str(tmp_path / "out")))
     found, read = files.load(tmp_path / "out/reversed.jsonl", "sft")
-    assert [row["messages"] for row in found] == [[says("user", "Pip is a robot."), says("assistant", "Who is Pip?")]], \
-        "a conversation of two turns has no one question, and who asks for whom cannot be known from the answer"
+    only = [says("user", "Pip is a robot."), says("assistant", "Who is Pip?")]
+    assert [row["messages"] for row in found] == [only], "a conversation of two turns has no one question"
 
 
 # ---- what can go wrong -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, words", [
-    ('{"question": "Why?", "answer": "Because."}\n' * 3, "no text"), ('{"title": "a", "te\n' * 3, "not valid JSON"), ("", "is empty"),
-    ('{"text": 5}\n' * 3, "no text")])
+    ('{"question": "Why?", "answer": "Because."}\n' * 3, "no text"), ('{"title": "a", "te\n' * 3, "not valid JSON"),
+    ("", "is empty"), ('{"text": 5}\n' * 3, "no text")])
 def test_a_wrong_schema(tmp_path, text, words):
     (tmp_path / "a.jsonl").write_text(text)
     with pytest.raises(UserError, match=words) as error:
@@ -240,7 +241,8 @@ def test_a_full_disk_leaves_what_is_finished(dump, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"ask": "https://example.org/v1"}, "needs --model"), ({"held_out": -1}, "--held-out"), ({"parallel": 0}, "--parallel")])
+    ({"ask": "https://example.org/v1"}, "needs --model"), ({"held_out": -1}, "--held-out"),
+    ({"parallel": 0}, "--parallel")])
 def test_impossible_flags(dump, tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
         run(dump / "articles.jsonl", tmp_path, **settings)
