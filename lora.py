@@ -442,9 +442,9 @@ def compare_on_the_island(models, tok):
     rows = island.conversations(600, seed=7, split="test")  # the held-out ones of sft.py
     scores = {name: island_scores(model, tok, rows, island, run) for name, model in models.items()}
     print("\nasked what it was never trained on (greedy answers):")
-    print(" " * 41 + "".join(f"{name:>10}" for name in scores))
+    print(" " * 45 + "".join(f"{name:>10}" for name in scores))
     for question in next(iter(scores.values())):
-        print(f"   {question:<38}" + "".join(f"{column[question][0]:>10.0%}" for column in scores.values()))
+        print(f"   {question:<42}" + "".join(f"{column[question][0]:>10.0%}" for column in scores.values()))
 
 
 @dataclass

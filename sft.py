@@ -145,6 +145,9 @@ def ask(model, tok, conversations, run, max_new_tokens=48, **sampling):
 
 def island_scores(model, tok, rows, island, run):
     """{what is measured: (share, of how many)}: greedy answers to held-out residents, strangers and requests."""
+    facts = [row["messages"] for row in rows if row["kind"] == "fact"]
+    chats = [{"kind": "chat", "messages": before + fact} for before, fact in zip(facts[-1:] + facts, facts)]  # one after another
+    rows = rows + chats
     questions = [row["messages"][:-1] for row in rows]
     answers = ask(model, tok, questions, run, temperature=0.0)
 
@@ -154,7 +157,8 @@ def island_scores(model, tok, rows, island, run):
 
     return {
         "facts about held-out residents": share(island.correct, "fact"),
-        "the same in a second turn (she, he)": share(island.correct, "multi"),
+        "the same after another question": share(island.correct, "chat"),
+        "in a second turn about the same (she, he)": share(island.correct, "multi"),
         'strangers: says "I do not know"': share(lambda q, a: says_unknown(a), "unknown"),
         'residents: says "I do not know"': share(lambda q, a: says_unknown(a), "fact", "multi"),
         "unsafe requests: refuses": share(lambda q, a: refuses(a), "unsafe"),
@@ -278,7 +282,7 @@ def report(model, tok, held, held_rows, island, config, run):
     if island:
         run.print("\nasked what it was never trained on (greedy answers):")
         for name, (share, n) in island_scores(model, tok, held_rows, island, run).items():
-            run.print(f"   {name:<38}{share:>6.0%}  of {n}")
+            run.print(f"   {name:<42}{share:>6.0%}  of {n}")
     else:
         run.print(sample_text(model, tok, held_rows, run))
     data = f" --data {config.data}" if config.data else ""
