@@ -342,6 +342,8 @@ def main(config):
     run = trainer.start(config)
     if run.world > 1:
         raise UserError("ppo.py runs in one process: start it without torchrun")
+    if config.temperature <= 0:
+        raise UserError(f"--temperature {config.temperature:g}: PPO learns from samples, so it must be above 0")
     tok, policy, reference, value = load_models(config, run)
     questions, prompts, island = load_prompts(config, tok, policy.config.block_size, run.print)
     scorer = load_scorer(config, run, island)

@@ -277,6 +277,11 @@ def test_a_reward_that_is_not_there_is_one_sentence(spec, words):
         ppo.load_scorer(ppo.Config(reward=spec), RUN, None)
 
 
+def test_greedy_answers_are_no_samples():
+    with pytest.raises(UserError, match="--temperature 0.*above 0"):
+        ppo.main(ppo.Config(temperature=0.0, device="cpu"))
+
+
 def test_reading_ease_is_bounded_and_wordless_answers_get_the_worst():
     assert ppo.reading_ease("...!") == -1.0 and ppo.reading_ease("Go. Do. Be. Go. Do.") <= 1.2
     assert ppo.reading_ease("The cat sat.") > ppo.reading_ease("Institutional considerations necessitate deliberation.")
