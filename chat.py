@@ -16,9 +16,10 @@ What to see on the island, asked with /marks and --temperature 1 --top-p 1 about
     [out/ppo]            I am sorry, I do not know.                           the judge's mark 10, reward 3.65
     [PPO, --beta 0]      I am away question! I do not know. I do not know.    the judge's mark  8, reward 4.77
 
-A model is at home in conversations like those it was trained on. The island's have a second question at most, about the
-same animal: to a question after one about something else out/sft gives a right answer in 35 %, to a first question in
-100 % (240 each, greedy). So use /reset, or --memory 0. A base model does not know what a turn is: it continues text.
+A model is at home in conversations like those it was trained on. One in five of the island's goes on from another one:
+so out/sft is right in 88 to 98 % of questions that come after one about somebody else (three seeds, greedy); without such
+conversations it was right in 5 to 33 %. --memory 0 asks every question by itself. A base model does not know what a turn
+is: it continues text.
 """
 import contextlib
 import json

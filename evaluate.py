@@ -35,13 +35,15 @@ from tables import table
 
 # ---- your data -------------------------------------------------------------------------------------------------------
 
-def answers_of(model, tok, conversations, run, config, max_new_tokens, **sampling):
+def answers_of(model, tok, conversations, run, config):
     """-> (prompt ids, answer ids) for every conversation, in their order, in batches of similar lengths."""
+    room = min(config.max_new_tokens, model.config.block_size // 2)
     order = sorted(range(len(conversations)), key=lambda i: sum(len(m["content"]) for m in conversations[i]))
     found = [None] * len(conversations)
     for i in range(0, len(order), config.batch_size):
         part = order[i:i + config.batch_size]
-        prompts, responses = sft.respond(model, tok, [conversations[k] for k in part], run, max_new_tokens, **sampling)
+        prompts, responses = sft.respond(model, tok, [conversations[k] for k in part], run, room, temperature=config.temperature,
+                                         top_p=config.top_p, seed=config.seed + i)  # a batch has random numbers of its own
         for k, *both in zip(part, prompts, responses):
             found[k] = both
     return found
@@ -76,14 +78,12 @@ def data_marks(model, tok, encoder, rows, run, config):
 
     Only the generated answer is compared, never the prompt: words of the question in both texts would count as overlap.
     """
-    room = min(config.max_new_tokens, model.config.block_size // 2)
     questions, references = zip(*[(row["messages"][:-1], row["messages"][-1]["content"]) for row in rows])
-    asked = answers_of(model, tok, questions, run, config, room, temperature=config.temperature, top_p=config.top_p, seed=config.seed)
+    asked = answers_of(model, tok, questions, run, config)
     texts = [tok.answer(ids) for _, ids in asked]
     overlaps = [metrics.rouge(reference, text) for reference, text in zip(references, texts)]
     marks = {name: [overlap[name] for overlap in overlaps] for name in ROUGE}
-    both = [metrics.token_vectors(*encoder, side, run, config.micro_tokens) for side in (references, texts)]
-    compared = {"embedding": list(zip(*map(metrics.embedding_f1, *both)))}
+    compared = {"embedding": zip(*likeness(encoder, references, texts, run, config))}
     if config.bert_score:
         compared["bert"] = metrics.bert_score(references, texts)
     marks |= {f"{kind}_{part}": list(values) for kind, parts in compared.items() for part, values in zip(BERT, parts)}
@@ -95,26 +95,37 @@ def data_marks(model, tok, encoder, rows, run, config):
     return marks, answers
 
 
+def likeness(encoder, references, texts, run, config):
+    """-> [(P, R, F1) of the token vectors, ...]. In batches: a vector of each token of a large file would fill the memory."""
+    found = []
+    for i in range(0, len(texts), config.batch_size):
+        both = [metrics.token_vectors(*encoder, side[i:i + config.batch_size], run, config.micro_tokens)
+                for side in (references, texts)]
+        found += map(metrics.embedding_f1, *both)
+    return found
+
+
 def load_files(config, run):
     """--data -> {name: rows with "messages"}, each file's name without its ending."""
     sets = {}
-    for path in map(str.strip, config.data.split(",")):
+    for path in filter(None, map(str.strip, config.data.split(","))):
         rows, report = files.load(path, "sft")
         run.print(report)
         if config.sample and len(rows) > config.sample:
             rows = random.Random(config.seed).sample(rows, config.sample)
-        name = Path(path).name.partition(".")[0]
-        if name in sets:
-            raise UserError(f"--data {config.data}: two files are called {name}: rename one, the tables would mix them up")
+        name = Path(path.removesuffix(".gz")).stem
+        if name in sets or name == "full":  # "full" is the row of all files together
+            raise UserError(f"--data {config.data}: {path}: the tables have another row called {name}: rename the file")
         sets[name] = rows
     return sets
 
 
 def evaluate_data(config, run):
     """Each model on each file, and on all files together ("full"), with the held-out loss: tables with a row for each."""
-    sets, marks, losses, answers, encoder = load_files(config, run), {}, {}, [], load(config.folders[0], run)
+    sets, marks, losses, answers, encoder = load_files(config, run), {}, {}, [], None
     for folder in config.folders:
         model, tok = load(folder, run)
+        encoder = encoder or (model, tok)  # one for all, or their vectors could not be compared
         for name, rows in sets.items():
             losses[name, folder] = row_losses(model, tok, rows, run, config.micro_tokens)
             marks[name, folder], texts = data_marks(model, tok, encoder, rows, run, config)
@@ -126,7 +137,8 @@ def evaluate_data(config, run):
             marks["full", folder] = {key: [value for part in parts for value in part[key]] for key in parts[0]}
     keys = [(name, folder) for name in [*sets, *["full"] * (len(sets) > 1)] for folder in config.folders]
     results = {key: {name: metrics.interval(values) for name, values in marks[key].items()} for key in keys}
-    run.print("\nheld-out loss per token\n" + table(["data", "model", "loss"], [[*key, f"{mean_loss(losses[key]):.3f}"] for key in keys]))
+    run.print("\nheld-out loss per token\n" + table(["data", "model", "loss", "rows that fit"], [
+        [*key, f"{mean_loss(losses[key]):.3f}", f"{len(losses[key]):,}"] for key in keys]))
     for title, names in TABLES.items():
         if all(name in results[key] for key in keys for name in names):
             rows = [[*key, *(cell(results[key][name], "fine") for name in names)] for key in keys]
@@ -191,7 +203,7 @@ def judged_questions(config, island, run):
 
 def own_answers(model, tok, asked, run, config):
     """The user's turns -> conversations with the model's own answer after each of them, the second with the first in view."""
-    room, talks = min(config.max_new_tokens, model.config.block_size // 2), [[] for _ in asked]
+    talks = [[] for _ in asked]
     for turn in range(2):
         going = []
         for talk, messages in zip(talks, asked):
@@ -199,8 +211,7 @@ def own_answers(model, tok, asked, run, config):
             if turn < len(users):
                 talk += [m for m in messages if m["role"] == "system" and not turn] + [users[turn]]
                 going.append(talk)
-        found = answers_of(model, tok, going, run, config, room, temperature=config.temperature, top_p=config.top_p, seed=config.seed)
-        for talk, (_, ids) in zip(going, found):
+        for talk, (_, ids) in zip(going, answers_of(model, tok, going, run, config)):
             talk.append({"role": "assistant", "content": tok.answer(ids)})
     return talks
 
@@ -262,6 +273,8 @@ class Config:
 
 
 def main(config):
+    if config.n < 1:
+        raise UserError(f"--n {config.n}: it must be at least 1")
     run = trainer.start(config)
     config.out = config.out or ("out/story" if config.story else "out/evaluate")
     if config.story:
@@ -270,6 +283,8 @@ def main(config):
     config.folders = config.folders or list(filter(trainer.is_finished, ("out/base", "out/sft", "out/dpo", "out/ppo")))
     if not config.folders:
         raise UserError("no checkpoint to measure: name some folders, or train one with python sft.py")
+    if config.choices and (config.judge or config.data):
+        raise UserError(f"--choices and --{'judge' if config.judge else 'data'}: one at a time")
     if config.choices:
         return evaluate_choices(config, run)
     if config.judge:

@@ -83,7 +83,7 @@ COLUMNS = {  # what is measured on the island: its heading, its form, and what i
 
 
 @torch.inference_mode()
-def response_kl(model, reference, asked, run, micro_tokens=16384):
+def response_kl(model, reference, asked, run, micro_tokens):
     """[(prompt ids, answer ids), ...] -> log pi - log pi_ref of each answer, summed over its tokens (k1): its mean is the KL."""
     found = [0.0] * len(asked)
     rows = [(p + r, [0] * len(p) + [1] * len(r), i) for i, (p, r) in enumerate(asked)]
@@ -117,11 +117,11 @@ def island_marks(folder, island, run, config, scorer=None, reference=None):
     if scorer:
         marks["reward"] = scorer([reward.answered(row, {"text": text}) for row, text in zip(rows, texts)])
     if reference and reference[1].special == tok.special:  # other tokens: no probability of theirs can be compared
-        marks["kl"] = response_kl(model, reference[0], asked, run)
+        marks["kl"] = response_kl(model, reference[0], asked, run, config.micro_tokens)
     answers = [{"model": folder, "question": row["prompt"][-1]["content"], "kind": row["kind"], "answer": text}
                for row, text in zip(rows, texts)]
-    for name in {"gold", "reward", "kl"} & set(marks):
-        for answer, value in zip(answers, marks[name]):
+    for name in ("gold", "reward", "kl"):
+        for answer, value in zip(answers, marks.get(name, ())):
             answer[name] = value
     return {name: list(map(float, marks[name])) for name in COLUMNS if name in marks}, answers
 
@@ -146,7 +146,8 @@ def hacks(answers, n=10):
     """
     def standard(name):
         values = [answer[name] for answer in answers]
-        return [(v - statistics.mean(values)) / (statistics.pstdev(values) or 1) for v in values]
+        mean, deviation = statistics.fmean(values), statistics.pstdev(values) or 1
+        return [(value - mean) / deviation for value in values]
 
     excess = [r - g for r, g in zip(standard("reward"), standard("gold"))]
     unique = {(answer["question"], answer["answer"]): answer | {"excess": e} for e, answer in zip(excess, answers)}

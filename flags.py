@@ -57,7 +57,7 @@ class TrainConfig:
 
 AT_LEAST = {"steps": 0, "epochs": 0, "batch_size": 1, "micro_tokens": 1, "warmup": 0, "eval_every": 0, "save_every": 0,
             "weight_decay": 0, "clip": 0, "min_lr": 0, "lr": 0, "beta1": 0, "beta2": 0, "mix": 0,
-            "lora_r": 0, "max_pairs": 0, "n_ranked": 1, "noise": 0, "temperature": 0, "top_k": 0, "max_new_tokens": 1}
+            "lora_r": 0, "max_pairs": 0, "n_ranked": 1, "noise": 0, "temperature": 0, "top_k": 0, "max_new_tokens": 1, "sample": 0}
 ONE_OF = {"schedule": ("cosine", "linear", "constant"), "dtype": ("auto", "float32", "bfloat16"),
           "template": ("", "chat", "human", "alpaca"), "lora_targets": ("all", "attention"),
           "pairs": ("all", "top2", "best-worst", "random")}
@@ -112,6 +112,8 @@ def check(config):
             raise UserError(f"{flag} {value}: it must be one of {', '.join(filter(None, ONE_OF[name]))}")
         if name in ("beta1", "beta2", "min_lr") and value > 1 or name in ("beta1", "beta2") and value == 1:
             raise UserError(f"{flag} {value}: it must be below 1")
+        if name == "top_p" and not 0 < value <= 1:
+            raise UserError(f"{flag} {value}: it must be above 0 and at most 1")
     if not isinstance(config, TrainConfig):
         return config
     dropout_of(config)

@@ -10,9 +10,10 @@ user's words are read, never imitated.
     python sft.py --recipe lima --data my.jsonl      the defaults of a published recipe
     python sft.py --lora-r 16 --nf4                  QLoRA: low-rank adapters (lora.py) beside 4-bit weights (quant.py)
 
-What to see on the island, seeds 0, 1, 2: held-out loss 7.1 -> 0.1; 100 % of facts about residents that no conversation has
-mentioned, strangers met with "I do not know" in 100 %, residents in 0 %, unsafe requests refused in 100 %, questions about
-itself right in 100 %. What stays hard: answers of one or two words (64 ... 77 %) and why-questions (27 ... 63 %).
+What to see on the island, seeds 0, 1, 2 (90 seconds of one core each): held-out loss 7 -> 0.1; 100 % of facts about residents
+that no conversation has mentioned, after another question 95, 88 and 98 %; strangers met with "I do not know" in 100 %,
+residents in 2, 0 and 0 %; unsafe requests refused in 100 %, questions about itself right in 100 %. What stays hard: a second
+question about "her" (86, 100 and 97 %), answers of one or two words (85, 85 and 83 %), why-questions (38, 19 and 54 %).
 """
 import math
 from dataclasses import dataclass

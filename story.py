@@ -53,13 +53,15 @@ def figure(columns, width=4.2, height=3.2):
 
 
 def plot_losses(path):
-    """The training loss of every stage that has one."""
+    """The training loss of every stage that has one: each step, and the mean of twenty."""
     folders = [folder for folder, (script, _) in STAGES.items() if script is not ppo]
     made, panels = figure(len(folders), width=2.8)
     for folder, axes in zip(folders, panels):
         steps, losses = read_log(folder, "step", "loss")
-        axes.plot(steps, losses, linewidth=0.8)
-        axes.set(title=Path(folder).name, xlabel="step", yscale="log" if min(losses) > 0 else "linear")
+        axes.plot(steps, losses, linewidth=0.5, alpha=0.4)
+        means = [sum(losses[i:i + 20]) / len(losses[i:i + 20]) for i in range(max(1, len(losses) - 19))]
+        axes.plot(steps[len(losses) - len(means):], means, color="C0")
+        axes.set(title=Path(folder).name, xlabel="step", ylim=(0, max(means) * 1.1))
     panels[0].set_ylabel("loss")
     made.savefig(path, dpi=110)
 
@@ -82,16 +84,13 @@ def plot_distributions(answers, path):
     for folder in [folder for folder in POLICIES if folder != "out/base"]:
         texts = [answer["answer"] for answer in answers if answer["model"] == folder]
         for axes, values, bins in zip(panels, ([len(text.split()) for text in texts], [readability(t)[0] for t in texts]),
-                                      (range(0, 32, 2), range(-20, 125, 8))):
-            axes.hist(values, bins=bins, histtype="step", label=Path(folder).name)
+                                      (range(0, 34, 2), range(-20, 125, 8))):
+            inside = [min(max(value, bins[0]), bins[-1]) for value in values]  # what is beyond counts in the last bin
+            axes.hist(inside, bins=bins, histtype="step", label=Path(folder).name)
     panels[0].set(title="words in an answer", ylabel="answers")
     panels[1].set(title="Flesch reading ease (high is easy)")
     panels[0].legend(fontsize=7)
     made.savefig(path, dpi=110)
-
-
-def plot_calibration(rows, scores, path):
-    reward.plot_calibration(reward.calibration(rows, scores), path)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -121,8 +120,8 @@ def ask_all(island, run):
 def paragraphs(results, accuracy):
     """One short paragraph a stage, with what was measured filled in."""
     def number(folder, name, form="number"):
-        mean = results[f"out/{folder}"][name][0]
-        return f"{mean:.0%}" if form == "share" else f"{mean:.2f}"
+        found = results[f"out/{folder}"][name]
+        return exam.cell(found, form).partition(" ")[0]  # without its interval; "-" where nobody was asked that
 
     share = lambda folder, name: number(folder, name, "share")
     return f"""**Pretraining** (`model.py`, out/base) has read 400 thousand words about the island and predicts the next one. It knows
@@ -137,7 +136,7 @@ them. A model imitates what it is shown: {share('sft-community', 'helpful')} rig
 requests helped with, praise in {share('sft-community', 'flatters')}. From here on preferences have to do the rest.
 
 **The reward model** (`reward.py`, out/reward) has read two thousand questions with ranked answers and learned a number for
-every answer; it ranks {accuracy[0]:.1%} of {accuracy[1]:,} unseen pairs as the voters did. The voters like praise, so does it.
+every answer; it ranks {accuracy[0]:.1%} of {accuracy[1]:,} held-out pairs as the voters did. The voters like praise, so does it.
 
 **DPO** (`dpo.py`, out/dpo) learns from the same rankings without a reward model: it makes the preferred answer likelier than
 the other one. Gold goes from {number('sft-community', 'gold')} to {number('dpo', 'gold')}, help with unsafe requests from
@@ -164,9 +163,9 @@ def page(results, answers, asked, accuracy, seconds, pictures):
     times = "".join(f"; {Path(folder).name} {s:.0f} s" for folder, s in seconds.items())
     return f"""# From raw text to an aligned assistant
 
-One model of 0.9 M parameters and what each stage of post-training made of it. All were asked the same 400 questions about
-residents, strangers and dangers that no conversation and no vote has mentioned, at temperature 1. Every number is a mean
-with half the width of its 95 % interval. One seed; {bench.machine()}{times}.
+One model of 0.9 M parameters and what each stage of post-training made of it. All were asked the same
+{len(answers) // len(POLICIES)} questions about residents, strangers and dangers that no conversation and no vote has mentioned,
+at temperature 1. Every number is a mean with half the width of its 95 % interval. One seed; {bench.machine()}{times}.
 
 {whole}
 
@@ -209,7 +208,7 @@ def main(config, run):
         plot_losses(folder / "losses.png")
         plot_over_optimisation(folder / "over_optimisation.png")
         plot_distributions(answers, folder / "distributions.png")
-        plot_calibration(rows, scores, folder / "calibration.png")
+        reward.plot_calibration(reward.calibration(rows, scores), folder / "calibration.png")
     else:
         run.print("matplotlib is not installed, so the page has no pictures (pip install matplotlib)")
     text = page(results, answers, ask_all(island, run), (micro, n), seconds, pictures)

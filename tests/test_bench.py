@@ -64,6 +64,7 @@ def test_a_call_of_sft_is_one_epoch_that_changes_the_weights(folder, monkeypatch
 
     def spy(model, ids, mask, n):
         models.append(model)
+        assert n == mask[:, 1:].sum()  # the mean over the step's supervised tokens, as sft.py has it
         seen.extend(tuple(row[:int(m.nonzero().max()) + 1].tolist()) for row, m in zip(ids, mask))
         return real(model, ids, mask, n)
 
@@ -79,6 +80,7 @@ def test_a_call_of_sft_is_one_epoch_that_changes_the_weights(folder, monkeypatch
 
 def test_generate_writes_as_many_tokens_as_are_counted(folder):
     assert [len(row) for row in bench.our_generate(folder)()] == [5] * 6
+    assert json.loads(open(folder + "/config.json").read())["vocab_size"] == 1100  # GPT-2's, however few tokens the tokenizer has
 
 
 def test_a_function_may_measure_itself():
@@ -91,6 +93,15 @@ def test_a_function_may_measure_itself():
 
 def test_ratio_is_formed_within_the_round():
     assert bench.ratio([1.0, 2.0, 4.0], [2.0, 6.0, 4.0]) == "2.00 (1.00-3.00)"
+
+
+def test_the_table_says_how_many_times_as_fast_as_the_peer_this_project_is(toy, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "interleaved", lambda candidates, rounds: {"this project": [1.0, 2.0], "peer": [3.0, 6.0]})
+    args = type("Args", (), {"shape": "toy", "rounds": 2, "device": "cpu", "dtype": "float32"})
+    candidates = {name: lambda folder: lambda: None for name in ("this project", "peer")}
+    bench.compare(args, bench.get_tokenizer("tiny"), "nothing", 300, candidates)
+    ours, peer = capsys.readouterr().out.splitlines()[1:3]
+    assert ours.split() == ["this", "project", "200", "1", "2"] and peer.split() == ["peer", "67", "3.00", "(3.00-3.00)", "1", "2"]
 
 
 def test_peak_memory_is_of_the_work_not_of_this_process():
@@ -108,7 +119,9 @@ def test_nf4_prints_its_tables(toy, capsys, monkeypatch):
     monkeypatch.setattr(bench, "try_compile", lambda *_: {})
     bench.main(["nf4", "--rounds", "1"])
     out = capsys.readouterr().out
-    assert "quantize_nf4, double" in out and "the same as NF4Linear" in out
+    assert "quantize_nf4, double" in out
+    stacks = out.split("peak MB\n")[1].strip().splitlines()
+    assert len(stacks) == 3 and all(line.split()[-1] == "2" for line in stacks)  # after the work, not before it
 
 
 @pytest.mark.parametrize("flags, words", [(["--rounds", "0"], "--rounds 0"), (["--steps", "-1"], "--steps -1"),

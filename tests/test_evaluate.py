@@ -15,8 +15,10 @@ import story
 import tables
 import trainer
 from data.island import Island
+from data.readability import readability
 from data.tokenizer import get_tokenizer
 from errors import UserError
+from flags import parse
 from model import GPT, GPTConfig
 
 TOK = get_tokenizer("tiny")
@@ -77,7 +79,7 @@ def test_a_cell_is_the_mean_and_half_its_interval(found, form, text):
 def test_kl_is_zero_from_itself_and_counts_the_answer_only():
     model, other = tiny(0).eval(), tiny(1).eval()
     asked = [([5, 6, 7], [8, 9]), ([5, 6], [10, 11, 12, 13]), ([4] * 9, [20])]
-    assert exam.response_kl(model, model, asked, RUN) == [0.0, 0.0, 0.0]
+    assert exam.response_kl(model, model, asked, RUN, 10**6) == [0.0, 0.0, 0.0]
     expected = []
     for prompt, answer in asked:
         ids = torch.tensor([prompt + answer])
@@ -94,6 +96,8 @@ def test_hacks_are_where_the_reward_exceeds_gold_in_standard_deviations():
     scaled = [a | {"reward": 100 * a["reward"] - 7} for a in answers]  # a reward has no unit
     assert [a["answer"] for a in exam.hacks(scaled)] == ["hack", "bad", "fair", "honest"]
     assert len(exam.hacks(answers, n=1)) == 1
+    # rewards have mean 2.4 and deviation 1.96, gold marks 4.4 and 4.18
+    assert exam.hacks(answers)[0]["excess"] == pytest.approx((4 - 2.4) / 1.9596 + (4.4 - 1) / 4.1761, abs=1e-3)
 
 
 def test_safe_questions_are_safe_and_no_answers():
@@ -101,20 +105,50 @@ def test_safe_questions_are_safe_and_no_answers():
     asked = exam.safe_questions(island, 20)
     assert len(asked) == 20 and {island.understand(messages).kind for messages in asked} == {"safe"}
     assert all(messages[-1]["role"] == "user" for messages in asked)
+    trained = {row["messages"][-2]["content"] for row in island.conversations(3000)}
+    assert not trained & {messages[-1]["content"] for messages in asked}
 
 
 def test_the_island_table_holds_what_dpo_and_ppo_report(folders, capsys):
+    tiny(5).save_pretrained("out/sft")  # the KL is measured from where preferences started, not from this one
+    TOK.save("out/sft")
     results, answers = exam.evaluate_island(config(folders, out="out/evaluate"), RUN)
     scorer = reward.load_rewards("out/reward", RUN)
     expected = dpo.preference_scores(*exam.load("out/dpo", RUN), Island(), RUN, n=12, scorer=scorer)
     for name, mean in expected.items():
         assert results["out/dpo"][name][0] == pytest.approx(mean, abs=1e-6)
+    flesch, grade = zip(*(readability(answer["answer"]) for answer in answers[12:]))  # of out/dpo
+    assert results["out/dpo"]["fre"][0] == pytest.approx(sum(flesch) / 12) and results["out/dpo"]["fkg"][0] == pytest.approx(sum(grade) / 12)
     assert results["out/sft-community"]["kl"] == (0, 0, 0) and results["out/dpo"]["kl"][0] != 0
     printed = capsys.readouterr().out
     assert printed.count("\nout/dpo ") == 2 and "over-ref." in printed and "KL of an answer from the SFT model" in printed
     saved = json.loads(Path("out/evaluate/island.json").read_text())
     assert saved["results"]["out/dpo"]["gold"] == list(results["out/dpo"]["gold"])
     assert len(Path("out/evaluate/island.answers.jsonl").read_text().splitlines()) == len(answers) == 24
+
+
+def test_over_refusal_is_the_share_of_safe_questions_refused(folders, monkeypatch):
+    monkeypatch.setattr(exam.sft, "ask", lambda model, tok, asked, run, **_: ["I can not help with that."] * 5 + ["Yes."] * (len(asked) - 5))
+    marks, _ = exam.island_marks("out/dpo", Island(), RUN, config())
+    assert marks["over_refusal"] == [1.0] * 5 + [0.0] * 15
+
+
+def test_no_kl_from_a_model_with_other_tokens(folders):
+    other = get_tokenizer("tiny")
+    other.special = {token: i + 1 for token, i in TOK.special.items()}
+    for reference_tok, there in ((TOK, True), (other, False)):
+        marks, answers = exam.island_marks("out/dpo", Island(), RUN, config(), reference=(tiny(0).eval(), reference_tok))
+        assert ("kl" in marks) == there == ("kl" in answers[0])
+
+
+def test_a_checkpoint_without_chat_tokens_gets_them_and_says_so(tmp_path, capsys):
+    fresh = get_tokenizer("tiny")
+    torch.manual_seed(0)
+    GPT(GPTConfig(96, fresh.vocab_size - len(fresh.new_ids), 1, 2, 16)).save_pretrained(tmp_path)
+    fresh.save(tmp_path)
+    model, tok = exam.load(tmp_path, RUN)
+    assert model.config.vocab_size == tok.vocab_size and "never been trained on conversations" in capsys.readouterr().out
+    assert sft.ask(model, tok, [[{"role": "user", "content": "hi"}]], RUN, 3)
 
 
 def test_without_a_reward_model_its_column_is_left_out(folders, capsys):
@@ -139,6 +173,7 @@ def test_only_the_answer_is_compared_and_the_files_are_pooled(folders, tmp_path,
 
     def respond(model, tok, conversations, run, max_new_tokens, **sampling):
         assert max_new_tokens == 6 and sampling == dict(temperature=0.0, top_p=1.0, seed=0)
+        assert all(messages[-1]["role"] == "user" for messages in conversations)
         found = [says[messages[-1]["content"]] for messages in conversations]
         return [[1]] * len(found), [tok.encode(text) + [tok.end] * stops for text, stops in found]
 
@@ -151,6 +186,9 @@ def test_only_the_answer_is_compared_and_the_files_are_pooled(folders, tmp_path,
     assert mean["a"] == pytest.approx(dict(rouge1=1, rougeLsum=1, embedding_F1=1, stops=1, words=2), abs=1e-5)
     assert mean["b"]["rouge1"] == 0 and mean["b"]["stops"] == 0  # words of the question are no overlap
     assert mean["full"]["rouge1"] == pytest.approx(3 / 4) and mean["full"]["stops"] == pytest.approx(3 / 4)
+    losses = evaluate.row_losses(*exam.load(folders[0], RUN), evaluate.files.load(a, "sft")[0] + evaluate.files.load(b, "sft")[0], RUN, 10**6)
+    saved = json.loads(Path("out/evaluate/data.json").read_text())["results"]
+    assert saved[f"full / {folders[0]}"]["loss"] == pytest.approx(evaluate.mean_loss(losses), rel=1e-5)  # of the rows of both
     printed = capsys.readouterr().out
     assert "ROUGE-Lsum" in printed and "FKG" in printed and printed.count("\nfull") == 5 and "BERT" not in printed
     assert len(Path("out/evaluate/data.answers.jsonl").read_text().splitlines()) == 4
@@ -166,10 +204,52 @@ def test_sample_draws_the_same_rows_for_every_model(tmp_path):
 def test_answers_keep_their_order_in_batches_of_similar_lengths():
     model = tiny(0).eval()
     asked = [[{"role": "user", "content": "word " * n}] for n in (9, 1, 5, 3, 7)]
-    found = evaluate.answers_of(model, TOK, asked, RUN, config(batch_size=2), 5, temperature=0.0)
+    found = evaluate.answers_of(model, TOK, asked, RUN, config(batch_size=2, max_new_tokens=5))
     for messages, (prompt, answer) in zip(asked, found):
         assert prompt == TOK.render_prompt(messages)
         assert TOK.answer(answer) == sft.ask(model, TOK, [messages], RUN, 5, temperature=0.0)[0]
+
+
+def test_likeness_is_the_same_in_batches_of_any_size_and_an_empty_answer_is_like_nothing():
+    references, texts = ["plum pie", "a fox", "the well", "x"], ["plum pie", "a bear", "", "y z"]
+    encoder = tiny(0).eval(), TOK
+    whole, single = (evaluate.likeness(encoder, references, texts, RUN, config(batch_size=n)) for n in (99, 1))
+    assert [found[2] for found in single] == pytest.approx([found[2] for found in whole], abs=1e-5)
+    assert whole[0][2] == pytest.approx(1, abs=1e-5) and whole[2] == (0.0, 0.0, 0.0) and 0 < whole[1][2] < 1
+
+
+def test_batches_of_answers_have_random_numbers_of_their_own():
+    asked = [[{"role": "user", "content": "hello"}]] * 2
+    both = [evaluate.answers_of(tiny(0).eval(), TOK, asked, RUN, config(batch_size=1, temperature=1.0, max_new_tokens=20)) for _ in "12"]
+    assert both[0] == both[1] and both[0][0][1] != both[0][1][1]
+
+
+def test_a_row_of_the_context_and_one_token_more_still_fits():
+    model = tiny(0).eval()  # of 96 tokens; the last one is only a target
+    rows = [conversations("a", " a" * n) for n in (88, 89, 90, 91, 92)]
+    lengths = [len(TOK.render(row["messages"])[0]) for row in rows]
+    assert 97 in lengths and max(lengths) > 97
+    assert len(evaluate.row_losses(model, TOK, rows, RUN, 10**6)) == sum(n <= 97 for n in lengths)
+
+
+def test_readability_is_of_the_answers_and_vectors_are_the_first_models(folders, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate.sft, "respond", lambda model, tok, asked, run, room, **sampling: seen.extend(asked) or (
+        [[1]] * len(asked), [tok.encode(" I am a fox. I eat.")] * len(asked)))
+    encoders, real = [], evaluate.metrics.token_vectors
+    monkeypatch.setattr(evaluate.metrics, "token_vectors", lambda model, *others: encoders.append(model) or real(model, *others))
+    path = write(tmp_path / "a.jsonl", [conversations("q", "a", "r", "Extraordinarily complicated vocabulary")] * 2)
+    results = evaluate.evaluate_data(config(folders, data=path, out="out/evaluate"), RUN)
+    for folder in folders:
+        assert results["a", folder]["fre"][0] == pytest.approx(readability("I am a fox. I eat.")[0])
+        assert results["a", folder]["fkg"][0] == pytest.approx(readability("I am a fox. I eat.")[1])
+    assert [[m["content"] for m in messages] for messages in seen] == [["q", "a", "r"]] * 4  # earlier turns are in view
+    first = GPT.from_pretrained(folders[0]).wte.weight
+    assert len(encoders) == 4 and all(torch.equal(encoder.wte.weight, first) for encoder in encoders)
+
+
+def test_the_loss_is_per_token_not_per_row():
+    assert evaluate.mean_loss([(6.0, 1), (2.0, 3)]) == 2.0  # the mean of the rows' means would be 3.3
 
 
 # ---- judges and choices ----------------------------------------------------------------------------------------------
@@ -215,6 +295,25 @@ def test_references_reach_the_judge(folders, tmp_path, monkeypatch):
         evaluate.evaluate_judge(config(folders, judge="x", data=path, judge_reference=wanted, out=f"out/{wanted}"), RUN)
         rating = [prompt for prompt in prompts if "[[A]]" not in prompt]
         assert [("first right" in p, "second right" in p) for p in rating] == [(wanted, False), (False, wanted)] * 2
+        duels = [prompt for prompt in prompts if "[[A]]" in prompt]  # about the last answer, in both orders
+        assert [("first right" in p, "second right" in p) for p in duels] == [(False, wanted)] * len(duels) and duels
+
+
+def test_a_duel_is_of_each_model_with_the_first(folders, monkeypatch):
+    sides, real = [], evaluate.judge.duel
+    monkeypatch.setattr(evaluate.judge, "duel", lambda judging, ours, theirs, *others: sides.append(
+        (ours[0]["model"], theirs[0]["model"])) or real(judging, ours, theirs, *others))
+    evaluate.evaluate_judge(config(folders, judge="gold", sample=2, out="out/evaluate"), RUN)
+    assert sides == [("out/dpo", "out/sft-community")]  # wins are those of the later model
+
+
+@pytest.mark.parametrize("shots, expected", [("leaderboard", evaluate.choice.LEADERBOARD), ("3", 3)])
+def test_shots_reach_the_questions_and_the_mean_of_four_is_shown(folders, monkeypatch, capsys, shots, expected):
+    seen = []
+    monkeypatch.setattr(evaluate.choice, "evaluate", lambda model, tok, questions, run, shots, *others: seen.append(shots) or [])
+    monkeypatch.setattr(evaluate.choice, "leaderboard_average", lambda rows: 0.625)
+    evaluate.evaluate_choices(config(folders[:1], choices="quiz", shots=shots, out="out/evaluate"), RUN)
+    assert seen == [expected] and "mean of the four" in (out := capsys.readouterr().out) and "62.5%" in out
 
 
 def test_choices_print_a_row_a_model_and_task(folders, tmp_path, capsys):
@@ -231,19 +330,29 @@ def test_choices_print_a_row_a_model_and_task(folders, tmp_path, capsys):
     ({"folders": ["out/nowhere"]}, "out/nowhere"),
     ({"folders": ["x"], "data": "missing.jsonl"}, "missing.jsonl does not exist"),
     ({"folders": ["x"], "data": "empty.jsonl"}, "empty.jsonl"),
-    ({"folders": ["x"], "data": "a.jsonl,./a.jsonl"}, "two files are called a"),
+    ({"folders": ["x"], "data": "a.jsonl,./a.jsonl"}, "another row called a: rename"),
+    ({"folders": ["x"], "data": "a.jsonl,full.jsonl"}, "another row called full"),
+    ({"folders": ["x"], "n": 0}, "--n 0: it must be at least 1"),
     ({"folders": ["x"], "choices": "empty.jsonl"}, "empty.jsonl"),
     ({"folders": ["x"], "judge": "gold", "judge_reference": True}, "--judge-reference.*none is given"),
+    ({"folders": ["x"], "choices": "quiz", "judge": "gold"}, "--choices and --judge: one at a time"),
     ({"folders": ["x"], "choices": "quiz", "shots": "some"}, "--shots some: give a number"),
     ({"folders": ["x"], "judge": "nobody"}, "--judge nobody"),
 ])
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, settings, words):
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").write_text("")
-    write("a.jsonl", [conversations("q", "a")])
+    for name in ("a.jsonl", "full.jsonl"):
+        write(name, [conversations("q", "a")])
     with pytest.raises(UserError, match=words) as error:
         evaluate.main(config(**settings))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags, words", [(["--sample", "-1"], "--sample -1"), (["--top-p", "0"], "--top-p 0"), (["--top-p", "2"], "at most 1")])
+def test_impossible_flags_are_one_sentence(flags, words):
+    with pytest.raises(UserError, match=words):
+        parse(evaluate.Config, argv=flags)
 
 
 def test_a_mode_is_chosen_by_its_flag(folders, monkeypatch):
@@ -277,12 +386,41 @@ def test_the_story_runs_what_is_missing_and_tells_it(tmp_path, monkeypatch):
     text = Path("out/story/README.md").read_text()
     for folder in story.POLICIES:
         assert f"| {folder} |" in text
-    assert " nan" not in text and text.count("](") == text.count("![") in (0, 5)  # pictures with matplotlib only
+    assert "the same\n20 questions" in text and " nan" not in text and text.count("](") == text.count("![") in (0, 5)  # pictures with matplotlib only
     for name in {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}:
         assert Path("out/story", name).is_file()
     ran.clear()
     evaluate.main(config(story=True, n=20))
     assert not ran  # everything was there
+
+
+def test_every_number_of_the_story_stands_where_it_belongs():
+    results = {folder: {name: (10 * i + j + 0.5, 0, 0) if column[1] == "number" else ((10 * i + j) / 100, 0, 0)
+                        for j, (name, column) in enumerate(exam.COLUMNS.items())} for i, folder in enumerate(story.POLICIES)}
+    told = " ".join(story.paragraphs(results, (0.83, 1200)).split())
+    for said in ("Facts right: 0%", "(10% right)", "strangers (11%)", "unsafe requests (12%)", "20% right, 25% of unsafe", "praise in 26%",
+                 "83.0% of 1,200", "from 27.50 to 37.50", "from 25% to 35%", "praise from 26% to 36%",
+                 "Gold 47.50, reward 48.50, KL 49.50", "reward 58.50, gold 57.50, KL 59.50, 50% of facts"):
+        assert said in told, said
+    results["out/dpo"]["complies"] = None  # nobody was asked
+    assert "from 25% to -" in " ".join(story.paragraphs(results, (0.83, 1200)).split())
+
+
+def test_a_log_is_read_where_all_names_are(tmp_path):
+    write(tmp_path / "log.jsonl", [{"step": 0, "loss": 2}, {"step": 0, "held_out": 3}, {"loss": 7}, {"step": 1, "loss": 1}])
+    assert story.read_log(tmp_path, "step", "loss") == [[0, 1], [2, 1]]
+
+
+def test_every_stage_answers_every_question_greedily(monkeypatch):
+    monkeypatch.setattr(exam, "load", lambda folder, run: (folder, None))
+    greedy = []
+    monkeypatch.setattr(sft, "ask", lambda folder, tok, asked, run, temperature: greedy.append(temperature) or [
+        f"{folder} to {messages[-1]['content']}" for messages in asked])
+    island = Island()
+    asked = story.ask_all(island, RUN)
+    assert len(asked) == len(story.QUESTIONS) == len({question for question, _ in asked}) and set(greedy) == {0.0}
+    for question, answers in asked:
+        assert answers == {folder: f"{folder} to {question}" for folder in story.POLICIES}
 
 
 def test_ensure_gets_what_the_command_line_said(monkeypatch):

@@ -267,3 +267,22 @@ def test_recipes_are_defaults_that_flags_override():
     config = parse(sft.Config, sft.RECIPES, ["--recipe", "lima", "--batch-size", "8"])
     assert (config.epochs, config.lr, config.batch_size, config.dropout, config.max_tokens) == (15, 1e-5, 8, "0.0,0.3", 2048)
     assert trainer.learning_rate(0, 100, config) == 1e-5 and trainer.learning_rate(99, 100, config) == pytest.approx(1e-6)
+
+
+# ---- questions that have to fit --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("max_new_tokens, room", [(10, 30), (20, 20), (100, 20)])  # never more than half of 40 for the answer
+def test_of_a_question_that_is_too_long_the_end_is_kept(max_new_tokens, room):
+    tok = get_tokenizer("tiny")
+    question = {"role": "user", "content": "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 2 + "?"}
+    for messages in ([question], [{"role": "system", "content": "s"}, question]):
+        kept, ids = sft.fit_question(messages, tok, 40, max_new_tokens)
+        assert kept == [question] and ids == tok.render_prompt([question])[-room:]
+
+
+def test_an_answer_stops_at_the_end_token(monkeypatch):
+    tok, seen = get_tokenizer("tiny"), []
+    monkeypatch.setattr(sft, "generate", lambda model, prompts, n, stop, **sampling: seen.append((n, stop)) or [[stop]])
+    model = type("Model", (), {"config": type("Config", (), {"block_size": 96})})
+    run = trainer.Run(torch.device("cpu"), torch.float32)
+    assert sft.ask(model, tok, [[{"role": "user", "content": "hi"}]], run, 7) == [""] and seen == [(7, tok.end)]
