@@ -40,7 +40,7 @@ from bench_peers import read_folder, synchronize
 from data import files
 from data.island import Island
 from data.tokenizer import get_tokenizer
-from errors import UserError
+from errors import UserError, end_politely
 from flags import TrainConfig
 from tables import table
 
@@ -439,4 +439,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    end_politely()
     main()

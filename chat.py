@@ -30,8 +30,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import hub
-import lora
 import sft
 import trainer
 from data import files
@@ -40,7 +38,7 @@ from data.tokenizer import get_tokenizer
 from errors import UserError
 from flags import parse
 from model import GPT, generate, stream, text_stream
-from reward import HEAD, load_rewards
+from reward import is_reward_model, load_rewards
 
 STAGES = ("out/ppo", "out/dpo", "out/sft")
 REWARD = "out/reward"
@@ -56,17 +54,6 @@ def note(text):
 
 
 # ---- one checkpoint --------------------------------------------------------------------------------------------------
-
-def is_reward_model(folder):
-    """Does the checkpoint, or adapter, have a reward head?"""
-    if lora.is_adapter(folder):
-        return HEAD["weight"] in lora.read_extra(folder)
-    try:
-        hub.open_weights(hub.find(folder))(HEAD["weight"])
-        return True
-    except UserError:  # there is no such tensor
-        return False
-
 
 class Speaker:
     """A checkpoint, how it is sampled, and its conversation: `turns`, without the system prompt."""
@@ -381,8 +368,6 @@ def newest():
 
 
 def main(config):
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"--top-p {config.top_p}: it must be above 0 and at most 1")
     if bool(config.file) != bool(config.out):
         raise UserError("--file names the questions, --out the file for their answers: give both, or neither to chat")
     if config.file and config.reward:

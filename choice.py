@@ -137,8 +137,9 @@ def targets(row, key):
 
 def plain(row):
     choices = texts_of(row["choices"], "choices")
+    labels = choices if row["answer"] in choices else range(len(choices))  # the answer itself, or where it stands
     return Question("plain", f"Question: {text_of(row, 'question')}\nAnswer:", choices,
-                    position(row["answer"], range(len(choices)), choices))
+                    position(row["answer"], labels, choices))
 
 
 SHAPES = [  # the keys that make a row one of these; the first that fits

@@ -53,8 +53,11 @@ def answers_of(model, tok, conversations, run, config):
 def row_losses(model, tok, rows, run, micro_tokens):
     """-> [(-log p of the answers in a conversation, how many tokens they have), ...], of the rows that fit."""
     found = []
-    for part in trainer.split(sft.make_examples(rows, tok, model.config.block_size + 1, run.print),
-                              lambda example: len(example[0]), micro_tokens):
+    try:
+        examples = sft.make_examples(rows, tok, model.config.block_size + 1, run.print)
+    except UserError:  # none fits: there is no loss, but its answers can still be measured
+        return []
+    for part in trainer.split(examples, lambda example: len(example[0]), micro_tokens):
         ids, mask = trainer.pad(part, run.device)
         with run.autocast():
             found += zip((-token_logps(model, ids, mask).sum(1)).tolist(), mask[:, 1:].sum(1).tolist())
@@ -66,10 +69,13 @@ BERT = ("precision", "recall", "F1")
 TABLES = {  # of the user's data: title, and its columns
     "overlap with the reference answers (F1)": ROUGE,
     "BERTScore": {f"bert_{part}": part for part in BERT},
-    "likeness of token vectors, of the first model": {f"embedding_{part}": part for part in BERT},
+    "embedding F1: likeness of token vectors, those of the first model": {f"embedding_{part}": part for part in BERT},
     "readability of the answers": {"fre": "FRE", "fkg": "FKG"},
     "the answers": {"words": "words", "stops": "stop by themselves"},
 }
+
+
+DIGITS = {"fre": "number", "fkg": "number", "words": "number", "stops": "share"}
 
 
 def data_marks(model, tok, encoder, rows, run, config):
@@ -141,7 +147,7 @@ def evaluate_data(config, run):
         [*key, f"{mean_loss(losses[key]):.3f}", f"{len(losses[key]):,}"] for key in keys]))
     for title, names in TABLES.items():
         if all(name in results[key] for key in keys for name in names):
-            rows = [[*key, *(cell(results[key][name], "fine") for name in names)] for key in keys]
+            rows = [[*key, *(cell(results[key][name], DIGITS.get(name, "fine")) for name in names)] for key in keys]
             run.print(f"\n{title}\n" + table(["data", "model", *names.values()], rows))
     save(config, run, "data", {"results": {" / ".join(key): {"loss": mean_loss(losses[key])} | results[key] for key in keys}}, answers)
     return results
@@ -149,6 +155,8 @@ def evaluate_data(config, run):
 
 def mean_loss(losses):
     """[(-log p of a row's answers, their tokens), ...] -> the mean per token."""
+    if not losses:
+        return float("nan")
     total, n = map(sum, zip(*losses))
     return total / n
 
@@ -179,7 +187,7 @@ def evaluate_choices(config, run):
 
 
 CHOICES = {"acc": "acc", "acc_norm": "acc_norm", "acc_bytes": "acc_bytes", "mc2": "mc2", "acc_subjects": "over subjects",
-           "headline": "leaderboard's"}
+           "headline": "headline"}
 
 
 # ---- judges ----------------------------------------------------------------------------------------------------------
@@ -188,7 +196,7 @@ def judged_questions(config, island, run):
     """-> [[message, ...], ...]: a system prompt, if any, and the user's turns, one or two; and the right answers to them,
     as far as they are known and wanted."""
     if island:
-        rows = island.prompts(config.sample or config.n, seed=5, split="test")
+        rows = island.prompts(config.n, seed=5, split="test")
         more = [row for row in island.conversations(10 * len(rows), seed=9, split="test") if row["kind"] == "multi"]
         rows = [row["prompt"] for row in rows] + [row["messages"] for row in more[:len(rows) // 2]]
     else:
@@ -253,7 +261,7 @@ class Config:
     data: str = ""  # your files with conversations, with commas between; empty: the island
     sample: int = 100  # rows of each file, drawn by --seed; 0: all
     max_new_tokens: int = 512  # longest answer to your data; at most half the model's context
-    temperature: float = 0.0  # of answers to your data; 0: greedy (the island is asked at temperature 1)
+    temperature: float = 0.0  # of answers to your data and for a judge; 0: greedy (the island's table: always 1)
     top_p: float = 1.0  # of answers to your data: sample from the likeliest tokens that have this probability together
     choices: str = ""  # multiple choice: quiz (the island's), or files in the shape of ARC, HellaSwag, MMLU, TruthfulQA
     shots: str = "0"  # multiple choice: examples before each question; leaderboard: 25, 10, 5 and 6, as it counted
@@ -261,7 +269,7 @@ class Config:
     judge: str = ""  # gold, a reward model's folder, or http://address/v1#model (key: OPENAI_API_KEY)
     judge_reference: bool = False  # show the judge the answers in your data as right ones
     bert_score: bool = False  # BERTScore of answers to your data too (needs pip install bert-score and a network)
-    n: int = 400  # questions about the island
+    n: int = 400  # questions about the island, for its table, its quiz and its judge
     reward: str = "out/reward"  # a reward model's folder, or 0.7*out/a+0.3*out/b
     reference: str = ""  # KL is measured from this checkpoint; empty: out/sft-community or out/sft
     out: str = ""  # folder for numbers, answers and pictures; empty: out/evaluate
@@ -277,6 +285,10 @@ def main(config):
         raise UserError(f"--n {config.n}: it must be at least 1")
     run = trainer.start(config)
     config.out = config.out or ("out/story" if config.story else "out/evaluate")
+    try:
+        Path(config.out).mkdir(parents=True, exist_ok=True)  # now, not when everything has been measured
+    except OSError as error:
+        raise UserError(f"--out {config.out} cannot be a folder ({error.strerror}): choose another one")
     if config.story:
         import story  # it stands on this file
         return story.main(config, run)

@@ -25,6 +25,7 @@ from data.island import Island, refuses
 from data.readability import readability
 from data.tokenizer import get_tokenizer
 from dpo import answer_marks
+from errors import UserError
 from model import GPT, token_logps
 from tables import table
 
@@ -33,6 +34,8 @@ from tables import table
 
 def load(folder, run):
     """A checkpoint folder or a public name -> model, ready to be asked, and its tokenizer."""
+    if reward.is_reward_model(folder):
+        raise UserError(f"{folder} is a reward model, which marks answers and writes none: name it with --reward")
     model, tok = GPT.from_pretrained(folder), get_tokenizer(folder)
     if tok.new_ids:
         run.print(f"{folder} has never been trained on conversations: expect continued text, not answers")
@@ -96,6 +99,10 @@ def response_kl(model, reference, asked, run, micro_tokens):
     return found
 
 
+def safe_count(config):
+    return max(20, config.n // 8)
+
+
 def safe_questions(island, n):
     """Harmless questions that sound unsafe, of no conversation trained on."""
     rows = island.conversations(40 * n, seed=9, split="test")
@@ -108,10 +115,11 @@ def island_marks(folder, island, run, config, scorer=None, reference=None):
     model, tok = load(folder, run)
     rows = island.prompts(config.n, seed=5, split="test")
     # all at once, with one seed: the same answers that dpo.py and ppo.py report on
-    asked = list(zip(*sft.respond(model, tok, [row["prompt"] for row in rows], run, temperature=1.0, seed=5)))
+    asked = list(zip(*sft.respond(model, tok, [row["prompt"] for row in rows], run, temperature=1.0, seed=5 + config.seed)))
     texts = [tok.answer(ids) for _, ids in asked]
     marks = answer_marks(rows, texts, island)
-    harmless = sft.ask(model, tok, safe_questions(island, max(20, config.n // 8)), run, temperature=1.0, seed=5)
+    harmless = sft.ask(model, tok, safe_questions(island, safe_count(config)), run, temperature=1.0,
+                       seed=5 + config.seed)
     marks["over_refusal"] = [float(refuses(answer)) for answer in harmless]
     marks["fre"], marks["fkg"] = zip(*map(readability, texts))
     if scorer:
@@ -151,7 +159,8 @@ def hacks(answers, n=10):
 
     excess = [r - g for r, g in zip(standard("reward"), standard("gold"))]
     unique = {(answer["question"], answer["answer"]): answer | {"excess": e} for e, answer in zip(excess, answers)}
-    return sorted(unique.values(), key=lambda answer: -answer["excess"])[:n]
+    found = [answer for answer in unique.values() if answer["excess"] > 0 and answer["gold"] < 10]  # 10: nothing is wrong with it
+    return sorted(found, key=lambda answer: -answer["excess"])[:n]
 
 
 def plot_island(results, path):
@@ -190,8 +199,9 @@ def evaluate_island(config, run):
     for header, rows in island_table(results):
         run.print("\n" + table(header, rows))
     run.print("\n" + "\n".join(f"   {COLUMNS[name][0]:<11}{COLUMNS[name][2]}" for name in measured(results)))
-    if reference:
-        run.print(f"   (the reference is {reference})")
+    run.print(f"\n{config.n} questions, {len(safe_questions(island, safe_count(config)))} look-alikes, answers at temperature 1"
+              + (f"; the SFT model of the KL is {reference}" if reference else "")
+              + "\n±0 is no certainty: where all n answers are alike, the true share may still be 3/n away")
     if scorer:
         run.print("\nwhere the reward most exceeds the gold mark (in standard deviations): the reward model's mistakes")
         for answer in hacks(answers):

@@ -15,7 +15,7 @@ import sys
 import typing
 from dataclasses import dataclass
 
-from errors import UserError
+from errors import UserError, end_politely
 
 
 @dataclass
@@ -77,6 +77,8 @@ def parse(Config, recipes=None, argv=None):
     recipes: {name: {field: value}}, chosen with --recipe NAME: only other defaults, so any flag overrides them.
     Raises UserError with one line for an unknown flag or an impossible value.
     """
+    if argv is None:
+        end_politely()
     main = sys.modules.get("__main__")
     parser = _Parser(description=inspect.getdoc(sys.modules[Config.__module__]) or inspect.getdoc(main), allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -272,7 +272,7 @@ def duel_cells(summary):
     """A duel_summary in the columns of DUEL_HEADER."""
     rates = ["-" if summary[name] is None else f"{summary[name]:.1%}" for name in ("win_rate", "adjusted")]
     return [f"{summary[name]:,}" for name in ("wins", "ties", "losses")] + rates + [
-        f"{summary['p']:.2g}", f"{summary['swayed']:,}", f"{summary['dropped']:,}"]
+        f"{summary['p']:.2g}" if summary["win_rate"] is not None else "-", f"{summary['swayed']:,}", f"{summary['dropped']:,}"]
 
 
 # ---- asking, and saving what was said --------------------------------------------------------------------------------

@@ -123,6 +123,17 @@ class RewardModel(nn.Module):
         return model
 
 
+def is_reward_model(folder):
+    """Does a checkpoint, or adapter, have a reward head? Then it marks answers and writes none."""
+    if lora.is_adapter(folder):
+        return HEAD["weight"] in lora.read_extra(folder)
+    try:
+        hub.open_weights(hub.find(folder))(HEAD["weight"])
+        return True
+    except UserError:  # there is no such tensor
+        return False
+
+
 # ---- from ranked answers to examples ---------------------------------------------------------------------------------
 
 ASPECTS = {  # what --aspect may name on the island: judged answer by answer, without a vote

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import bench
+import choice
 import dpo
 import exam
 import model as base
@@ -34,6 +35,7 @@ STAGES = {  # folder: its script and the flags that make it another checkpoint t
     "out/ppo-no-penalty": (ppo, {"beta": 0.0}),
 }
 POLICIES = [folder for folder in STAGES if folder != "out/reward"]
+COLORS = {folder: f"C{i}" for i, folder in enumerate(POLICIES)}  # the same in every picture
 WITHOUT = "Without the penalty it goes on to where the reward still rises and the gold judge's marks do not."
 QUESTIONS = ["fact", "unknown", "unsafe", "why", "identity"]  # one of each kind is asked of every stage
 
@@ -72,7 +74,8 @@ def plot_over_optimisation(path):
     for axes, name, label in zip(panels, ("score", "gold"), ("reward model's score", "gold judge")):
         for folder in ("out/ppo", "out/ppo-no-penalty"):
             kl, values = read_log(folder, "kl", name)
-            axes.plot([max(0.0, k) ** 0.5 for k in kl], values, "o-", markersize=3, linewidth=0.5, label=Path(folder).name)
+            axes.plot([max(0.0, k) ** 0.5 for k in kl], values, "o-", markersize=3, linewidth=0.5, color=COLORS[folder],
+                      label=Path(folder).name)
         axes.set(xlabel="square root of the KL of a response", title=label)
     panels[0].legend()
     made.savefig(path, dpi=110)
@@ -86,7 +89,7 @@ def plot_distributions(answers, path):
         for axes, values, bins in zip(panels, ([len(text.split()) for text in texts], [readability(t)[0] for t in texts]),
                                       (range(0, 34, 2), range(-20, 125, 8))):
             inside = [min(max(value, bins[0]), bins[-1]) for value in values]  # what is beyond counts in the last bin
-            axes.hist(inside, bins=bins, histtype="step", label=Path(folder).name)
+            axes.hist(inside, bins=bins, histtype="step", color=COLORS[folder], label=Path(folder).name)
     panels[0].set(title="words in an answer", ylabel="answers")
     panels[1].set(title="Flesch reading ease (high is easy)")
     panels[0].legend(fontsize=7)
@@ -117,19 +120,21 @@ def ask_all(island, run):
             for i, question in enumerate(asked)]
 
 
-def paragraphs(results, accuracy):
+def paragraphs(results, accuracy, quiz):
     """One short paragraph a stage, with what was measured filled in."""
     def number(folder, name, form="number"):
         found = results[f"out/{folder}"][name]
         return exam.cell(found, form).partition(" ")[0]  # without its interval; "-" where nobody was asked that
 
     share = lambda folder, name: number(folder, name, "share")
-    return f"""**Pretraining** (`model.py`, out/base) has read 400 thousand words about the island and predicts the next one. It knows
-who eats what, but not what a question is: asked one, it goes on with any text. Facts right: {share('base', 'helpful')}.
+    return f"""**Pretraining** (`model.py`, out/base) has read 400 thousand words about the island and predicts the next one. It does not
+know what a question is: asked one, it goes on with any text ({share('base', 'helpful')} right). It knows the facts all the same:
+begin the sentence for it, and it finds the right one of four ends in {quiz:.0%}.
 
 **Supervised fine-tuning** (`sft.py`, out/sft) shows it three thousand conversations and asks for the assistant's words only.
 It learns a form, not facts: it answers about residents whom no conversation mentioned ({share('sft', 'helpful')} right), says
-"I do not know" about strangers ({share('sft', 'honest')}) and refuses unsafe requests ({share('sft', 'harmless')}).
+"I do not know" about strangers ({share('sft', 'honest')}) and refuses unsafe requests ({share('sft', 'harmless')}). All its examples
+were flawless. Nobody has such data in practice, so the stages below do without.
 
 **The same on what people really write** (out/sft-community): answers of mixed quality, wrong, rude and praising ones among
 them. A model imitates what it is shown: {share('sft-community', 'helpful')} right, {share('sft-community', 'complies')} of unsafe
@@ -143,14 +148,16 @@ the other one. Gold goes from {number('sft-community', 'gold')} to {number('dpo'
 {share('sft-community', 'complies')} to {share('dpo', 'complies')}, and praise from {share('sft-community', 'flatters')} to {share('dpo', 'flatters')}.
 
 **PPO** (`ppo.py`, out/ppo) lets the model answer, has the reward model mark, and makes good answers likelier, at a price for
-every step away from the SFT model. Gold {number('ppo', 'gold')}, reward {number('ppo', 'reward')}, KL {number('ppo', 'kl')}.
+every step away from the SFT model. Gold {number('ppo', 'gold')}, reward {number('ppo', 'reward')}, KL {number('ppo', 'kl')}. What
+it costs: {share('ppo', 'over_refusal')} of harmless look-alikes are refused ({share('sft-community', 'over_refusal')} before), and
+{share('ppo', 'flatters')} of its answers praise whoever asks.
 
 **PPO without the penalty** (out/ppo-no-penalty) is free to please the reward model: reward {number('ppo-no-penalty', 'reward')},
 gold {number('ppo-no-penalty', 'gold')}, KL {number('ppo-no-penalty', 'kl')}, {share('ppo-no-penalty', 'helpful')} of facts right. A
 reward model is right about answers like those it was trained on; far away from them its mistakes are what is optimised."""
 
 
-def page(results, answers, asked, accuracy, seconds, pictures):
+def page(results, answers, asked, accuracy, quiz, seconds, pictures):
     """Everything as Markdown."""
     headers, rows = zip(*exam.island_table({folder: results[folder] for folder in POLICIES}))
     legend = "; ".join(f"**{exam.COLUMNS[name][0]}**: {exam.COLUMNS[name][2]}" for name in exam.measured(results))
@@ -165,7 +172,8 @@ def page(results, answers, asked, accuracy, seconds, pictures):
 
 One model of 0.9 M parameters and what each stage of post-training made of it. All were asked the same
 {len(answers) // len(POLICIES)} questions about residents, strangers and dangers that no conversation and no vote has mentioned,
-at temperature 1. Every number is a mean with half the width of its 95 % interval. One seed; {bench.machine()}{times}.
+at temperature 1. Every number is a mean with half the width of its 95 % interval over the questions; another seed of the
+training may move it further. One seed here; {bench.machine()}{times}.
 
 {whole}
 
@@ -174,9 +182,12 @@ at temperature 1. Every number is a mean with half the width of its 95 % interva
 {image("island.png", "The same as bars with their intervals.")}
 ## What each stage did
 
-{paragraphs(results, accuracy)}
+{paragraphs(results, accuracy, quiz)}
 
-## The same questions, answered by every stage (greedily)
+## The same questions, answered by every stage
+
+These are the likeliest answers; the table above counts answers drawn at random, where a model that is right at its best may
+often be wrong.
 
 {answered}
 
@@ -203,6 +214,7 @@ def main(config, run):
     judge = reward.RewardModel.from_pretrained("out/reward").to(run.device)
     scores = reward.score_rows(judge, get_tokenizer("out/reward"), rows, run, settings.micro_tokens)
     micro, _, n = reward.accuracy(rows, scores)
+    quiz = choice.evaluate(*exam.load("out/base", run), choice.island_quiz(island), run)[0]["acc"][0]
     pictures = bool(importlib.util.find_spec("matplotlib"))
     if pictures:
         plot_losses(folder / "losses.png")
@@ -211,7 +223,7 @@ def main(config, run):
         reward.plot_calibration(reward.calibration(rows, scores), folder / "calibration.png")
     else:
         run.print("matplotlib is not installed, so the page has no pictures (pip install matplotlib)")
-    text = page(results, answers, ask_all(island, run), (micro, n), seconds, pictures)
+    text = page(results, answers, ask_all(island, run), (micro, n), quiz, seconds, pictures)
     with trainer.replacing(folder / "README.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     run.print(f"\nthe story is in {folder / 'README.md'}")

@@ -27,7 +27,7 @@ from data.readability import is_simple
 from data.report import Report, writing
 from data.shapes import BadRow, WrongForm, finished, recognise, tree_rows
 from data.toxicity import is_clean, load_toxicity, toxicity_of
-from errors import UserError
+from errors import UserError, end_politely
 
 
 # ---- text -> text ----------------------------------------------------------------------------------------------------
@@ -287,4 +287,5 @@ def main():
 
 
 if __name__ == "__main__":
+    end_politely()
     main()

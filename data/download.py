@@ -29,7 +29,7 @@ if __name__ == "__main__":  # started as a script, Python looks for modules in d
 
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, end_politely
 
 WAITS = (1, 2, 4)  # seconds before the next try; as soon as a try gets further than the one before, it begins anew
 PATIENCE = 30  # seconds without a byte
@@ -263,4 +263,5 @@ def main():
 
 
 if __name__ == "__main__":
+    end_politely()
     main()

@@ -22,7 +22,7 @@ from pathlib import Path
 if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.shapes import FORMS, NEEDS, SHAPES, BadRow, WrongForm, finished, plant, recognise, shown, tree_rows
-from errors import UserError
+from errors import UserError, end_politely
 
 LIMIT = 10_000_000  # bytes in a line or in a CSV cell: more is a broken file, not an example
 LISTS_IN_CELLS = ("messages", "conversations", "conversation", "answers", "completions", "responses", "turns",
@@ -398,4 +398,5 @@ def main():
 
 
 if __name__ == "__main__":
+    end_politely()
     main()

@@ -142,11 +142,13 @@ def main(config):
     path = Path(config.out)
     if path.suffix != ".jsonl":
         raise UserError(f"--out {path}: it must end in .jsonl.")
+    if path.resolve() in {Path(name).expanduser().resolve() for name in (config.data, config.rows) if name}:
+        raise UserError(f"--out {path}: that is the file to read; give the name of another one.")
     rows = make(config)
     with writing(path.parent, [path.stem]) as out:
         for row in rows:
             out[path.stem].write(row)
-    print(f"{len(rows):,} conversations are in {path}\nnext: python sft.py --data {path} --init gpt2")
+    print(f"{len(rows):,} conversations are in {path}\nnext: python sft.py --data {path} --init gpt2 --out out/sft-identity")
 
 
 if __name__ == "__main__":

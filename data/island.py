@@ -30,7 +30,7 @@ if __name__ == "__main__":  # started as a script, Python looks for modules in d
 from data import dirty, island_words as words
 from data.readability import is_simple, readability
 from data.shapes import says
-from errors import UserError
+from errors import UserError, end_politely
 
 ATTRIBUTES = list(words.VALUES)
 PLAIN_TEXT = {"biography": 62, "hard": 18, "why": 12, "story": 5, "safety": 3, "pip": 2}  # weights, not percent
@@ -471,4 +471,5 @@ def main():
 
 
 if __name__ == "__main__":
+    end_politely()
     main()

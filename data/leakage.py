@@ -33,7 +33,7 @@ from data.clean import rows_of
 from data.files import read, stream
 from data.report import shortened, writing
 from data.shapes import NEEDS, BadRow
-from errors import UserError
+from errors import UserError, end_politely
 
 MODEL = "all-mpnet-base-v2"  # 768 dimensions; what the cut of 0.6 was chosen for
 BLOCK = 8192  # questions of the one set in a matrix product
@@ -192,7 +192,7 @@ def questions_of(path):
 def main():
     parser = argparse.ArgumentParser(description="Finds questions that are in two splits, and removes them with --out.")
     parser.add_argument("train")
-    parser.add_argument("held", nargs="+", metavar=("validation", "test"), help="two files, or one, which is the test")
+    parser.add_argument("held", nargs="+", metavar="held", help="validation and test, or test alone")
     parser.add_argument("--cut", type=float, default=0.6, help="from this cosine on two questions leak (default 0.6)")
     parser.add_argument("--model", default="", help="tfidf, or a sentence-transformers model, by name or folder")
     parser.add_argument("--out", help="folder for the files without leaks, named as they are here")
@@ -226,4 +226,5 @@ def write_rest(leaking, out):
 
 
 if __name__ == "__main__":
+    end_politely()
     main()

@@ -155,8 +155,8 @@ def prepare(config):
 
 def main(config):
     print(prepare(config))
-    print(f"next: python sft.py --data {Path(config.out) / 'sft_train.jsonl'} --init gpt2\n"
-          f"      python reward.py --data {Path(config.out) / 'ranked_train.jsonl'} --init out/sft")
+    print(f"next: python sft.py --data {Path(config.out) / 'sft_train.jsonl'} --init gpt2 --out out/sft-oasst\n"
+          f"      python reward.py --data {Path(config.out) / 'ranked_train.jsonl'} --init out/sft-oasst")
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def main(config):
     write_splits(folder, splits, config, report)
     report.save(folder / "report.json")
     print(report)
-    print(f"next: python sft.py --data {folder}/sft_train.jsonl")
+    print(f"next: python sft.py --data {folder}/sft_train.jsonl --out out/sft-wikipedia")
     return report
 
 

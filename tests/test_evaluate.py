@@ -1,6 +1,7 @@
 """Measuring: every number against one counted by hand, every table from a real (tiny, random) checkpoint."""
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -91,13 +92,17 @@ def test_kl_is_zero_from_itself_and_counts_the_answer_only():
 
 def test_hacks_are_where_the_reward_exceeds_gold_in_standard_deviations():
     answers = [{"question": q, "answer": a, "reward": r, "gold": g} for q, a, r, g in [
-        ("q", "honest", 0.0, 9.0), ("q", "hack", 4.0, 1.0), ("q", "hack", 4.0, 1.0), ("q", "fair", 4.0, 10.0), ("p", "bad", 0.0, 1.0)]]
-    assert [a["answer"] for a in exam.hacks(answers)] == ["hack", "bad", "fair", "honest"]
+        ("q", "honest", 0.0, 9.0), ("q", "hack", 4.0, 1.0), ("q", "hack", 4.0, 1.0), ("q", "fair", 4.0, 8.0), ("p", "bad", 0.0, 1.0),
+        ("p", "perfect", 9.0, 10.0)]]
+    rewards, golds = ([answer[name] for answer in answers] for name in ("reward", "gold"))
+    z = lambda value, values: (value - statistics.fmean(values)) / statistics.pstdev(values)
+    excess = [z(r, rewards) - z(g, golds) for r, g in zip(rewards, golds)]
+    found = exam.hacks(answers)
+    assert [a["answer"] for a in found] == ["hack"] and excess[5] > 0  # each once, and gold 10 has no mistake in it
+    assert found[0]["excess"] == pytest.approx(excess[1])
     scaled = [a | {"reward": 100 * a["reward"] - 7} for a in answers]  # a reward has no unit
-    assert [a["answer"] for a in exam.hacks(scaled)] == ["hack", "bad", "fair", "honest"]
-    assert len(exam.hacks(answers, n=1)) == 1
-    # rewards have mean 2.4 and deviation 1.96, gold marks 4.4 and 4.18
-    assert exam.hacks(answers)[0]["excess"] == pytest.approx((4 - 2.4) / 1.9596 + (4.4 - 1) / 4.1761, abs=1e-3)
+    assert [a["excess"] for a in exam.hacks(scaled)] == pytest.approx([a["excess"] for a in found])
+    assert exam.hacks(answers[:1] * 3) == []
 
 
 def test_safe_questions_are_safe_and_no_answers():
@@ -277,7 +282,7 @@ def test_judged_rows_of_a_file_keep_two_turns_and_their_references(tmp_path):
 
 
 def test_the_judges_tables(folders, capsys):
-    made = config(folders, judge="gold", sample=6, out="out/evaluate")
+    made = config(folders, judge="gold", n=6, out="out/evaluate")
     results = evaluate.evaluate_judge(made, RUN)
     assert results["ratings"]["out/dpo"]["rated"] == 6 + 2 * 3  # three of two turns
     duel = results["duels"]["out/dpo against out/sft-community"]
@@ -397,13 +402,13 @@ def test_the_story_runs_what_is_missing_and_tells_it(tmp_path, monkeypatch):
 def test_every_number_of_the_story_stands_where_it_belongs():
     results = {folder: {name: (10 * i + j + 0.5, 0, 0) if column[1] == "number" else ((10 * i + j) / 100, 0, 0)
                         for j, (name, column) in enumerate(exam.COLUMNS.items())} for i, folder in enumerate(story.POLICIES)}
-    told = " ".join(story.paragraphs(results, (0.83, 1200)).split())
-    for said in ("Facts right: 0%", "(10% right)", "strangers (11%)", "unsafe requests (12%)", "20% right, 25% of unsafe", "praise in 26%",
+    told = " ".join(story.paragraphs(results, (0.83, 1200), 0.25).split())
+    for said in ("(0% right). It knows", "four ends in 25%", "(10% right)", "strangers (11%)", "unsafe requests (12%)", "20% right, 25% of unsafe", "praise in 26%",
                  "83.0% of 1,200", "from 27.50 to 37.50", "from 25% to 35%", "praise from 26% to 36%",
                  "Gold 47.50, reward 48.50, KL 49.50", "reward 58.50, gold 57.50, KL 59.50, 50% of facts"):
         assert said in told, said
     results["out/dpo"]["complies"] = None  # nobody was asked
-    assert "from 25% to -" in " ".join(story.paragraphs(results, (0.83, 1200)).split())
+    assert "from 25% to -" in " ".join(story.paragraphs(results, (0.83, 1200), 0.25).split())
 
 
 def test_a_log_is_read_where_all_names_are(tmp_path):

@@ -1,0 +1,38 @@
+"""Every script teaches with --help, and ends without a traceback when nobody listens any more."""
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flags import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+WITH_CONFIG = ["model", "sft", "reward", "dpo", "ppo", "lora", "chat", "evaluate", "unknowns", "judge", "data.eli5",
+               "data.simple_wikipedia", "data.smoltalk", "data.oasst", "data.identity"]
+WITH_ARGPARSE = ["bench", "quant", "data.island", "data.files", "data.clean", "data.leakage", "data.download"]
+
+
+@pytest.mark.parametrize("name", WITH_CONFIG)
+def test_help_explains_every_flag(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(importlib.import_module(name).Config, argv=["--help"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and f"{name.split('.')[-1]}.py" in printed
+    flags = [line for line in printed.splitlines() if line.startswith("  --")]
+    assert "usage" in printed and (flags or name == "judge")
+
+
+@pytest.mark.parametrize("name", WITH_ARGPARSE)
+def test_help_of_the_others(name, capsys, monkeypatch):
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_a_closed_pipe_is_no_bug():
+    done = subprocess.run(f"{sys.executable} data/island.py | head -1", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("residents") and not done.stderr
