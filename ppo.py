@@ -254,7 +254,7 @@ class Config(reward_model.RankedConfig):
     data: str = ""  # a file with questions (any shape that `python data/files.py FILE --want prompts` reads); empty: the island
     out: str = "out/ppo"  # folder for the checkpoint and log.jsonl
     reward: str = "out/reward"  # a reward model's folder, 0.7*out/a+0.3*out/b, readability, gold, or module:function
-    beta: float = 0.2  # weight of the KL penalty
+    beta: float = 0.4  # weight of the KL penalty
     target_kl: float = 0.0  # adapts --beta to keep the KL of a response near this; 0: --beta stays
     horizon: int = 3200  # responses over which --target-kl adapts
     stop_kl: float = 0.0  # ends the run where the KL of a response is beyond this; 0: never
