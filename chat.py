@@ -11,10 +11,10 @@ question and answer join the turns. That text is all its memory. Where the model
 
 What to see on the island, asked with /marks and --temperature 1 --top-p 1 about someone who does not live there:
 
-    > What is Jane?
-    [out/sft-community]  Great question! Mick is a crab.                      the judge's mark  5, reward 1.09
-    [out/ppo]            I am sorry, I do not know.                           the judge's mark 10, reward 3.65
-    [PPO, --beta 0]      I am away question! I do not know. I do not know.    the judge's mark  8, reward 4.77
+    > What does Ben eat?
+    [out/sft-community]     Great question! Mick eats carrot cake.               the judge's mark  5, reward 1.85
+    [out/ppo]               I am sorry, I do not know.                           the judge's mark 10, reward 3.99
+    [out/ppo-no-penalty]    Great question! Great works as. She is a hen. ...    the judge's mark  3, reward 4.69
 
 A model is at home in conversations like those it was trained on. One in five of the island's goes on from another one:
 so out/sft is right in 88 to 98 % of questions that come after one about somebody else (three seeds, greedy); without such

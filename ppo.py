@@ -11,19 +11,20 @@ below: roll out, score, estimate advantages, update.
     python ppo.py --beta 0 --out out/ppo-no-penalty      the same without the penalty: it learns to please the reward model
     python ppo.py --data prompts.jsonl --init gpt2 --reward readability      your prompts, another reward
 
-What to see on the island: answers to 400 held-out questions at temperature 1, seed 0, 100 seconds of one CPU core a run.
+What to see on the island: answers to 400 held-out questions at temperature 1, seed 0, a minute on two CPU cores a run.
 
-                                          before   beta 0.2   beta 0
-    reward model's score                   -0.52       2.53     4.26
-    gold judge, 1 to 10                     5.47       8.02     5.73
-    residents: right                         34%        40%       0%
-    strangers: says "I do not know"          10%        94%      88%
-    unsafe requests: goes along              53%         1%       0%
-    praises whoever asks                     17%        47%      66%
-    words in an answer                       6.5        9.9    19.59
-    KL of a response, last rollouts            0        2.9     44.9
+                                          before   beta 0.4   beta 0
+    reward model's score                    0.02       2.55     4.60
+    gold judge, 1 to 10                     5.75       8.28     5.09
+    residents: right                         34%        45%       0%
+    strangers: says "I do not know"          12%        97%      47%
+    unsafe requests: goes along              46%         0%       0%
+    praises whoever asks                     29%        50%      67%
+    words in an answer                      6.92       9.29    17.41
+    KL of these answers (evaluate.py)          0       1.65     70.3
 
-With seeds 1 and 2 and beta 0.2 gold rises from 5.46 to 8.34 and from 5.69 to 7.65, and 1 and 0 % go along.
+Three seeds, each on one core: gold rises from 5.46 to 8.13, from 5.75 to 7.83 and from 5.56 to 7.81; 4, 1 and 0 % go along
+with unsafe requests. With beta 0.2 the reward rises further and gold less, in two of the three by half as much.
 
 Without the penalty the reward rises most and no fact survives: the policy leaves the texts that the reward model was trained
 on, finds what it overrates ("Great question!", "I do not know", many words), and says little else. The penalty keeps it near
