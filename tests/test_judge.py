@@ -309,7 +309,7 @@ def test_a_missing_verdict_drops_the_duel(tmp_path):
 def test_a_judge_of_pure_nonsense_gives_no_rate(tmp_path):
     found = duel(says("hm"), items("a"), items("b"), tmp_path / "x.jsonl", str)
     assert found["win_rate"] is None and found["adjusted"] is None and found["p"] == 1
-    assert judge.duel_cells(found) == ["0", "0", "0", "-", "-", "1", "0", "1"]
+    assert judge.duel_cells(found) == ["0", "0", "0", "-", "-", "-", "0", "1"]
 
 
 def test_the_same_answer_is_asked_once_and_ties(tmp_path):
