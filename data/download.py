@@ -213,7 +213,8 @@ def storing(path):
 def hub_list(dataset, cache=None, say=print):
     """{name: (bytes, SHA-256 or None)} of a public data set's files, the first 1,000. The list is kept in the cache
     like any file, so that what has been fetched once needs no network again."""
-    by_hand = f"fetch its files by hand from {endpoint()}/datasets/{dataset}/tree/main (the scripts of data/ take them with --source)"
+    by_hand = (f"fetch its files by hand from {endpoint()}/datasets/{dataset}/tree/main and name them with the "
+               "--source of the script that reads them")
     url = f"{endpoint()}/api/datasets/{dataset}/tree/main?recursive=true"
     listing = fetch(url, cache=cache, say=say, by_hand=by_hand)
     try:
