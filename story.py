@@ -145,7 +145,8 @@ every answer; it ranks {accuracy[0]:.1%} of {accuracy[1]:,} held-out pairs as th
 
 **DPO** (`dpo.py`, out/dpo) learns from the same rankings without a reward model: it makes the preferred answer likelier than
 the other one. Gold goes from {number('sft-community', 'gold')} to {number('dpo', 'gold')}, help with unsafe requests from
-{share('sft-community', 'complies')} to {share('dpo', 'complies')}, and praise from {share('sft-community', 'flatters')} to {share('dpo', 'flatters')}.
+{share('sft-community', 'complies')} to {share('dpo', 'complies')}, and praise from {share('sft-community', 'flatters')} to
+{share('dpo', 'flatters')}.
 
 **PPO** (`ppo.py`, out/ppo) lets the model answer, has the reward model mark, and makes good answers likelier, at a price for
 every step away from the SFT model. Gold {number('ppo', 'gold')}, reward {number('ppo', 'reward')}, KL {number('ppo', 'kl')}. What

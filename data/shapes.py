@@ -218,6 +218,7 @@ def scored(answers, name):
 
 
 def from_tldr(row):
+    """Two summaries of a post, and which of them was chosen (Stiennon et al. 2020)."""
     info, summaries, best = row["info"], row["summaries"], row["choice"]
     lists = isinstance(info, dict) and isinstance(summaries, list) and len(summaries) == 2
     if not lists or best not in (0, 1, "0", "1"):

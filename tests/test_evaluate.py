@@ -123,7 +123,8 @@ def test_the_island_table_holds_what_dpo_and_ppo_report(folders, capsys):
     for name, mean in expected.items():
         assert results["out/dpo"][name][0] == pytest.approx(mean, abs=1e-6)
     flesch, grade = zip(*(readability(answer["answer"]) for answer in answers[12:]))  # of out/dpo
-    assert results["out/dpo"]["fre"][0] == pytest.approx(sum(flesch) / 12) and results["out/dpo"]["fkg"][0] == pytest.approx(sum(grade) / 12)
+    assert results["out/dpo"]["fre"][0] == pytest.approx(sum(flesch) / 12)
+    assert results["out/dpo"]["fkg"][0] == pytest.approx(sum(grade) / 12)
     assert results["out/sft-community"]["kl"] == (0, 0, 0) and results["out/dpo"]["kl"][0] != 0
     printed = capsys.readouterr().out
     assert printed.count("\nout/dpo ") == 2 and "over-ref." in printed and "KL of an answer from the SFT model" in printed
@@ -133,7 +134,8 @@ def test_the_island_table_holds_what_dpo_and_ppo_report(folders, capsys):
 
 
 def test_over_refusal_is_the_share_of_safe_questions_refused(folders, monkeypatch):
-    monkeypatch.setattr(exam.sft, "ask", lambda model, tok, asked, run, **_: ["I can not help with that."] * 5 + ["Yes."] * (len(asked) - 5))
+    monkeypatch.setattr(exam.sft, "ask", lambda model, tok, asked, run, **_:
+                        ["I can not help with that."] * 5 + ["Yes."] * (len(asked) - 5))
     marks, _ = exam.island_marks("out/dpo", Island(), RUN, config())
     assert marks["over_refusal"] == [1.0] * 5 + [0.0] * 15
 
@@ -191,7 +193,8 @@ def test_only_the_answer_is_compared_and_the_files_are_pooled(folders, tmp_path,
     assert mean["a"] == pytest.approx(dict(rouge1=1, rougeLsum=1, embedding_F1=1, stops=1, words=2), abs=1e-5)
     assert mean["b"]["rouge1"] == 0 and mean["b"]["stops"] == 0  # words of the question are no overlap
     assert mean["full"]["rouge1"] == pytest.approx(3 / 4) and mean["full"]["stops"] == pytest.approx(3 / 4)
-    losses = evaluate.row_losses(*exam.load(folders[0], RUN), evaluate.files.load(a, "sft")[0] + evaluate.files.load(b, "sft")[0], RUN, 10**6)
+    rows = evaluate.files.load(a, "sft")[0] + evaluate.files.load(b, "sft")[0]
+    losses = evaluate.row_losses(*exam.load(folders[0], RUN), rows, RUN, 10**6)
     saved = json.loads(Path("out/evaluate/data.json").read_text())["results"]
     assert saved[f"full / {folders[0]}"]["loss"] == pytest.approx(evaluate.mean_loss(losses), rel=1e-5)  # of the rows of both
     printed = capsys.readouterr().out
@@ -354,7 +357,8 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, settings, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("flags, words", [(["--sample", "-1"], "--sample -1"), (["--top-p", "0"], "--top-p 0"), (["--top-p", "2"], "at most 1")])
+@pytest.mark.parametrize("flags, words", [
+    (["--sample", "-1"], "--sample -1"), (["--top-p", "0"], "--top-p 0"), (["--top-p", "2"], "at most 1")])
 def test_impossible_flags_are_one_sentence(flags, words):
     with pytest.raises(UserError, match=words):
         parse(evaluate.Config, argv=flags)
@@ -391,7 +395,8 @@ def test_the_story_runs_what_is_missing_and_tells_it(tmp_path, monkeypatch):
     text = Path("out/story/README.md").read_text()
     for folder in story.POLICIES:
         assert f"| {folder} |" in text
-    assert "the same\n20 questions" in text and " nan" not in text and text.count("](") == text.count("![") in (0, 5)  # pictures with matplotlib only
+    assert "the same\n20 questions" in text and " nan" not in text
+    assert text.count("](") == text.count("![") in (0, 5)  # pictures with matplotlib only
     for name in {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}:
         assert Path("out/story", name).is_file()
     ran.clear()
@@ -403,7 +408,8 @@ def test_every_number_of_the_story_stands_where_it_belongs():
     results = {folder: {name: (10 * i + j + 0.5, 0, 0) if column[1] == "number" else ((10 * i + j) / 100, 0, 0)
                         for j, (name, column) in enumerate(exam.COLUMNS.items())} for i, folder in enumerate(story.POLICIES)}
     told = " ".join(story.paragraphs(results, (0.83, 1200), 0.25).split())
-    for said in ("(0% right). It knows", "four ends in 25%", "(10% right)", "strangers (11%)", "unsafe requests (12%)", "20% right, 25% of unsafe", "praise in 26%",
+    for said in ("(0% right). It knows", "four ends in 25%", "(10% right)", "strangers (11%)", "unsafe requests (12%)",
+                 "20% right, 25% of unsafe", "praise in 26%",
                  "83.0% of 1,200", "from 27.50 to 37.50", "from 25% to 35%", "praise from 26% to 36%",
                  "Gold 47.50, reward 48.50, KL 49.50", "reward 58.50, gold 57.50, KL 59.50, 50% of facts"):
         assert said in told, said
