@@ -123,15 +123,23 @@ SHAPES = {"small": dict(n_layer=12, n_head=12, n_embd=768),  # GPT-2 small
 CONTEXT, VOCABULARY = 1024, 50257  # GPT-2's, for both shapes
 
 
+def tokenizer_of(args):
+    return get_tokenizer(args.tokenizer or ("gpt2" if args.data else "tiny"))
+
+
+def drawn(found, n, args, what, cure="--batch-size or --steps"):
+    """n of what was found in --data, or in the island, the same ones in every run."""
+    if len(found) < n:
+        raise UserError(f"{args.data} has {len(found)} {what}, but {n} are needed: give a smaller {cure}")
+    return random.Random(0).sample(found, n)
+
+
 def read_rows(args, n):
     """-> a tokenizer and n examples (ids, mask): of --data, or of the island."""
-    tok = get_tokenizer(args.tokenizer or ("gpt2" if args.data else "tiny"))
+    tok = tokenizer_of(args)
     rows = files.load(args.data, "sft")[0] if args.data else Island().conversations(max(n, 600))
     examples = sft.make_examples(rows, tok, CONTEXT)
-    if len(examples) < n:
-        raise UserError(f"{args.data} has {len(examples)} rows, but {n} are needed: "
-                        "give a smaller --batch-size or --steps")
-    return tok, random.Random(0).sample(examples, n)
+    return tok, drawn(examples, n, args, "rows")
 
 
 def write_folder(folder, shape, tok, args, **inputs):
@@ -212,14 +220,11 @@ def bench_sft(args):
 
 def read_pairs(args, n):
     """-> a tokenizer and n pairs of dpo.Answer: of --data, or of the island's votes."""
-    tok = get_tokenizer(args.tokenizer or ("gpt2" if args.data else "tiny"))
+    tok = tokenizer_of(args)
     config, silent = dpo.Config(data=args.data, n_ranked=max(n, 200)), lambda *_: None
     rows = reward.load_ranked(config, silent)[0]
     pairs = dpo.make_examples(rows, tok, CONTEXT, config, silent)
-    if len(pairs) < n:
-        raise UserError(f"{args.data} has {len(pairs)} pairs, but {n} are needed: "
-                        "give a smaller --batch-size or --steps")
-    return tok, random.Random(0).sample(pairs, n)
+    return tok, drawn(pairs, n, args, "pairs")
 
 
 def our_dpo(folder):
@@ -288,13 +293,10 @@ def bench_ppo(args):
     if batch_size % 2:
         raise UserError(f"--batch-size {batch_size}: ppo answers every question twice, so it must be even")
     args.shape = args.shape or list(SHAPES)[-1]  # the tiny one
-    tok = get_tokenizer(args.tokenizer or ("gpt2" if args.data else "tiny"))
+    tok = tokenizer_of(args)
     config = ppo.Config(data=args.data, max_new_tokens=new_tokens, n_ranked=max(batch_size, 200))
     questions, ids, _ = ppo.load_prompts(config, tok, CONTEXT, lambda *_: None)
-    if len(ids) < batch_size // 2:
-        raise UserError(f"{args.data} has {len(ids)} questions, but {batch_size // 2} are needed: "
-                        "give a smaller --batch-size")
-    chosen = random.Random(0).sample(range(len(ids)), batch_size // 2)
+    chosen = drawn(range(len(ids)), batch_size // 2, args, "questions", "--batch-size")
     compare(args, tok, f"{batch_size} rollouts of {new_tokens} tokens, one epoch", None, {
         "this project (PPO)": our_ppo,
         **installed("trl", {"TRL (RLOO), no checkpointing": peers.trl_rloo_tuned,

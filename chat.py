@@ -38,7 +38,7 @@ from data.tokenizer import get_tokenizer
 from errors import UserError
 from flags import parse
 from model import GPT, generate, stream, text_stream
-from reward import is_reward_model, load_rewards
+from reward import load_rewards, refuse_reward_model
 
 STAGES = ("out/ppo", "out/dpo", "out/sft")
 REWARD = "out/reward"
@@ -61,8 +61,7 @@ class Speaker:
     def __init__(self, folder, config, run):
         self.folder, self.config, self.run = str(Path(folder)), config, run
         self.model = GPT.from_pretrained(folder).to(run.device).eval()
-        if is_reward_model(folder):
-            raise UserError(f"{folder} is a reward model, which marks answers and writes none: name it with --reward")
+        refuse_reward_model(folder)
         self.tok = get_tokenizer(config.tokenizer or folder, config.template or None)
         if self.tok.vocab_size - len(self.tok.new_ids) > self.model.config.vocab_size:
             raise UserError(f"{folder}: its tokenizer has {self.tok.vocab_size:,} tokens, but the model knows "
@@ -252,17 +251,8 @@ def read_answers(path):
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): choose another --out")
     if begun:
-        write_answers(path, rows)
+        trainer.write_jsonl(path, rows)
     return rows
-
-
-def write_answers(path, rows):
-    with trainer.replacing(path) as temporary:
-        temporary.write_text("".join(as_line(row) for row in rows), encoding="utf-8")
-
-
-def as_line(row):
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def key(model, prompt):
@@ -325,7 +315,7 @@ def answer_file(speakers, config):
                 dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
             for speaker in speakers:
                 for new in missing_answers(speaker, questions, done):
-                    file.write("".join(map(as_line, new)))
+                    file.write("".join(map(trainer.json_line, new)))
                     file.flush()
                     written += len(new)
                     bar.update(len(new))
@@ -333,7 +323,7 @@ def answer_file(speakers, config):
         raise UserError(f"stopped; {written:,} of {total:,} answers are in {path}: the same command goes on from there")
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror}): free some space or choose another --out")
-    write_answers(path, in_order(read_answers(path), speakers, questions))
+    trainer.write_jsonl(path, in_order(read_answers(path), speakers, questions))
     note(f"{total:,} answers by {' '.join(speaker.folder for speaker in speakers)} are in {path}")
 
 

@@ -33,7 +33,7 @@ import trainer
 from data import files
 from data import island_words as words
 from data.island import ATTRIBUTES
-from data.shapes import BadRow, WrongForm, as_text, has, shown
+from data.shapes import BadRow, WrongForm, as_text, check_texts, has, shown
 from errors import UserError
 from metrics import interval
 from model import text_stream, token_logps
@@ -168,10 +168,7 @@ def recognise(raw, least):
         raise BadRow("fewer than two choices")
     if not all(choice.strip() for choice in question.candidates()):
         raise BadRow("an empty choice")
-    try:
-        "".join([question.prompt, question.subject, *question.candidates()]).encode()
-    except UnicodeEncodeError:  # bytes that are no UTF-8 arrive as surrogates
-        raise BadRow("not UTF-8, or half of a surrogate pair") from None
+    check_texts([question.prompt, question.subject, *question.candidates()])
     return question
 
 
@@ -202,10 +199,10 @@ def island_quiz(island, n=200, seed=0):
     most 322: 84 facts in several wordings.
 
     The prompt is the beginning of a plain sentence ("Mabel has a job as a"), in the words of pretraining; chance is
-    25 %. So the base model scores 100 %, and what later stages forget can be seen: SFT 100 %, DPO and PPO 98 to 99 %,
-    PPO without its KL penalty 92 %. With "Question: What work does Mabel do?\\nAnswer:" and the bare values, base and
-    SFT model score 33 % and 30 %, hardly above chance: they know the fact, but have never seen a value without its
-    sentence. Multiple choice measures knowledge *and* a way of asking.
+    25 %. So the base model scores 100 %, and what later stages forget can be seen: SFT, DPO and PPO 100 %, PPO without
+    its KL penalty 91 % (seed 0). With "Question: What work does Mabel do?\\nAnswer:" and the bare values the base model
+    scores 33 %, hardly above chance: it knows the fact, but has never seen a value without its sentence. Multiple
+    choice measures knowledge *and* a way of asking.
     """
     rng = random.Random(seed)
     facts = [(name, attribute, template) for name in island.parts["test"]["residents"] for attribute in ATTRIBUTES

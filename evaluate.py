@@ -73,8 +73,6 @@ TABLES = {  # of the user's data: title, and its columns
     "readability of the answers": {"fre": "FRE", "fkg": "FKG"},
     "the answers": {"words": "words", "stops": "stop by themselves"},
 }
-
-
 DIGITS = {"fre": "number", "fkg": "number", "words": "number", "stops": "share"}
 
 
@@ -163,6 +161,10 @@ def mean_loss(losses):
 
 # ---- multiple choice -------------------------------------------------------------------------------------------------
 
+CHOICES = {"acc": "acc", "acc_norm": "acc_norm", "acc_bytes": "acc_bytes", "mc2": "mc2", "acc_subjects": "over subjects",
+           "headline": "headline"}
+
+
 def evaluate_choices(config, run):
     """Each model on the quiz or on each file of --choices: a row a model and task, and the leaderboard's mean of four."""
     if config.shots != "leaderboard" and not config.shots.isdecimal():
@@ -186,10 +188,6 @@ def evaluate_choices(config, run):
     return results
 
 
-CHOICES = {"acc": "acc", "acc_norm": "acc_norm", "acc_bytes": "acc_bytes", "mc2": "mc2", "acc_subjects": "over subjects",
-           "headline": "headline"}
-
-
 # ---- judges ----------------------------------------------------------------------------------------------------------
 
 def judged_questions(config, island, run):
@@ -203,7 +201,8 @@ def judged_questions(config, island, run):
         rows = [row["messages"] for part in load_files(config, run).values() for row in part]
     asked, references = [], []
     for messages in rows:
-        end = [i for i, m in enumerate(messages) if m["role"] == "user"][:2][-1] + 2  # past the answer to the second turn
+        users = [i for i, m in enumerate(messages) if m["role"] == "user"]
+        end = users[:2][-1] + 2  # past the answer to the second turn, or to the only one
         asked.append([m for m in messages[:end] if m["role"] != "assistant"])
         references.append([m["content"] for m in messages[:end] if m["role"] == "assistant"])
     return asked, references
@@ -211,13 +210,13 @@ def judged_questions(config, island, run):
 
 def own_answers(model, tok, asked, run, config):
     """The user's turns -> conversations with the model's own answer after each of them, the second with the first in view."""
-    talks = [[] for _ in asked]
+    talks = [[m for m in messages if m["role"] == "system"] for messages in asked]
+    turns = [[m for m in messages if m["role"] == "user"] for messages in asked]
     for turn in range(2):
         going = []
-        for talk, messages in zip(talks, asked):
-            users = [m for m in messages if m["role"] == "user"]
+        for talk, users in zip(talks, turns):
             if turn < len(users):
-                talk += [m for m in messages if m["role"] == "system" and not turn] + [users[turn]]
+                talk.append(users[turn])
                 going.append(talk)
         for talk, (_, ids) in zip(going, answers_of(model, tok, going, run, config)):
             talk.append({"role": "assistant", "content": tok.answer(ids)})

@@ -25,7 +25,6 @@ from data.island import Island, refuses
 from data.readability import readability
 from data.tokenizer import get_tokenizer
 from dpo import answer_marks
-from errors import UserError
 from model import GPT, token_logps
 from tables import table
 
@@ -34,8 +33,7 @@ from tables import table
 
 def load(folder, run):
     """A checkpoint folder or a public name -> model, ready to be asked, and its tokenizer."""
-    if reward.is_reward_model(folder):
-        raise UserError(f"{folder} is a reward model, which marks answers and writes none: name it with --reward")
+    reward.refuse_reward_model(folder)
     model, tok = GPT.from_pretrained(folder), get_tokenizer(folder)
     if tok.new_ids:
         run.print(f"{folder} has never been trained on conversations: expect continued text, not answers")
@@ -61,8 +59,7 @@ def save(config, run, name, numbers, answers=None):
     with trainer.replacing(folder / f"{name}.json") as temporary:
         temporary.write_text(json.dumps({"settings": asdict(config)} | numbers, indent=1) + "\n")
     if answers:
-        with trainer.replacing(folder / f"{name}.answers.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
+        trainer.write_jsonl(folder / f"{name}.answers.jsonl", answers)
     run.print(f"\nevery number is in {folder / name}.json" + (f", every answer in {name}.answers.jsonl" if answers else ""))
 
 
@@ -99,10 +96,6 @@ def response_kl(model, reference, asked, run, micro_tokens):
     return found
 
 
-def safe_count(config):
-    return max(20, config.n // 8)
-
-
 def safe_questions(island, n):
     """Harmless questions that sound unsafe, of no conversation trained on."""
     rows = island.conversations(40 * n, seed=9, split="test")
@@ -118,8 +111,7 @@ def island_marks(folder, island, run, config, scorer=None, reference=None):
     asked = list(zip(*sft.respond(model, tok, [row["prompt"] for row in rows], run, temperature=1.0, seed=5 + config.seed)))
     texts = [tok.answer(ids) for _, ids in asked]
     marks = answer_marks(rows, texts, island)
-    harmless = sft.ask(model, tok, safe_questions(island, safe_count(config)), run, temperature=1.0,
-                       seed=5 + config.seed)
+    harmless = sft.ask(model, tok, safe_questions(island, max(20, config.n // 8)), run, temperature=1.0, seed=5 + config.seed)
     marks["over_refusal"] = [float(refuses(answer)) for answer in harmless]
     marks["fre"], marks["fkg"] = zip(*map(readability, texts))
     if scorer:
@@ -199,7 +191,7 @@ def evaluate_island(config, run):
     for header, rows in island_table(results):
         run.print("\n" + table(header, rows))
     run.print("\n" + "\n".join(f"   {COLUMNS[name][0]:<11}{COLUMNS[name][2]}" for name in measured(results)))
-    run.print(f"\n{config.n} questions, {len(safe_questions(island, safe_count(config)))} look-alikes, answers at temperature 1"
+    run.print(f"\n{config.n} questions, {len(marks['over_refusal'])} look-alikes, answers at temperature 1"
               + (f"; the SFT model of the KL is {reference}" if reference else "")
               + "\n±0 is no certainty: where all n answers are alike, the true share may still be 3/n away")
     if scorer:

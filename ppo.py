@@ -24,7 +24,7 @@ What to see on the island: answers to 400 held-out questions at temperature 1, s
     KL of these answers (evaluate.py)          0       1.65     70.3
 
 Three seeds, each on one core: gold rises from 5.46 to 8.13, from 5.75 to 7.83 and from 5.56 to 7.81; 4, 1 and 0 % go along
-with unsafe requests. With beta 0.2 the reward rises further and gold less, in two of the three by half as much.
+with unsafe requests. With beta 0.2 the reward rises further and gold less, in two of the three by about half as much.
 
 Without the penalty the reward rises most and no fact survives: the policy leaves the texts that the reward model was trained
 on, finds what it overrates ("Great question!", "I do not know", many words), and says little else. The penalty keeps it near

@@ -134,6 +134,12 @@ def is_reward_model(folder):
         return False
 
 
+def refuse_reward_model(folder):
+    """Raises UserError where somebody is about to ask a reward model for an answer."""
+    if is_reward_model(folder):
+        raise UserError(f"{folder} is a reward model, which marks answers and writes none: name it with --reward")
+
+
 # ---- from ranked answers to examples ---------------------------------------------------------------------------------
 
 ASPECTS = {  # what --aspect may name on the island: judged answer by answer, without a vote

@@ -2,9 +2,9 @@
 
     python evaluate.py --story          (which calls this file)
 
-Runs whatever stage is missing (minutes, on two CPU cores), asks every checkpoint the same
-questions, and writes out/story/README.md: a table, pictures (matplotlib), answers, and a paragraph a stage.
-Every number on the page comes from the checkpoints beside it.
+Runs whatever stage is missing, asks every checkpoint the same questions, and writes out/story/README.md: a table, pictures
+(matplotlib), answers, and a paragraph a stage. From an empty folder it takes seven and a half minutes on two CPU cores.
+What was measured comes from the checkpoints beside the page; the sizes of the data sets are the defaults of the scripts.
 """
 import importlib.util
 import json

@@ -215,6 +215,16 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def json_line(row):
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_jsonl(path, rows):
+    """A row a line, the whole file at once."""
+    with replacing(path) as temporary:
+        temporary.write_text("".join(map(json_line, rows)), encoding="utf-8")
+
+
 def save_state(config, run, step, steps, model, *optimizers, extra=None):
     """Everything --resume needs, in one file: it is either the old one or the new one, never half of each. extra: a dict of
     numbers that a script adapts while it trains.

@@ -10,8 +10,9 @@ context in every chat, and another name is another message, not another training
 {{author}} are filled in; --rows takes the rows of others, such as allenai/olmo-2-hard-coded, in any shape that sft.py
 reads.
 
-The first way on the island: 240 rows about "Momo" of "the school" among 3,000 conversations, 276 steps. Asked in twelve
-ways who it is and who made it, the model gives a right name in 11; without the rows in none.
+The first way on the island (measured before a fifth of its conversations went on from another one): 240 rows about
+"Momo" of "the school" among 3,000 conversations, 276 steps. Asked in twelve ways who it is and who made it, the model
+gives a right name in 11; without the rows in none.
 """
 import random
 import re

@@ -27,7 +27,7 @@ from pathlib import Path
 if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import dirty, island_words as words
+from data import island_words as words
 from data.readability import is_simple, readability
 from data.shapes import says
 from errors import UserError, end_politely
@@ -465,6 +465,7 @@ def main():
     elif args.write:
         write(island, args)
     elif args.dump:
+        from data import dirty  # here: every script imports the island, and only this flag its dirt
         dirty.write(args.dump, island, args.n_dump, args.seed)
     else:
         show(island, args)
