@@ -40,9 +40,9 @@ from bench_peers import read_folder, synchronize
 from data import files
 from data.island import Island
 from data.tokenizer import get_tokenizer
-from errors import UserError, end_politely
-from flags import TrainConfig
-from tables import table
+from common.errors import UserError, end_politely
+from common.flags import TrainConfig
+from common.tables import table
 
 # ---- measuring, the same for every command ---------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import trainer
-from flags import TrainConfig
+from common.flags import TrainConfig
 
 # ---- what every candidate needs, this project's too ------------------------------------------------------------------
 

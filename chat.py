@@ -35,8 +35,9 @@ import trainer
 from data import files
 from data.island import Island, says
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import parse
+from common.disk import Ledger, write_jsonl
+from common.errors import UserError
+from common.flags import parse
 from model import GPT, generate, stream, text_stream
 from reward import load_rewards, refuse_reward_model
 
@@ -231,30 +232,6 @@ def converse(speakers, config, run):
 
 # ---- a file of questions ---------------------------------------------------------------------------------------------
 
-def read_answers(path):
-    """The rows that an earlier run has written into --out. A last line that it could not end is cut off."""
-    if not path.exists():
-        return []
-    rows = []
-    try:
-        *whole, begun = path.read_bytes().split(b"\n")  # not as text: a line may be cut within a character
-        for line in whole:
-            row = json.loads(line)
-            if not {"prompt", "answer", "model"} <= row.keys():
-                raise ValueError
-            rows.append(row)
-        if not begun.startswith(b'{"prompt": '[:len(begun)]):
-            raise ValueError
-    except (ValueError, AttributeError):  # no JSON, or no object, or of other keys
-        raise UserError(f"{path}, line {len(rows) + 1} is no answer of this script, so nothing is added to it: "
-                        "choose another --out")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): choose another --out")
-    if begun:
-        trainer.write_jsonl(path, rows)
-    return rows
-
-
 def key(model, prompt):
     return model, json.dumps(prompt)
 
@@ -302,7 +279,8 @@ def answer_file(speakers, config):
         note(f"{more:,} of {len(rows):,} rows have follow-up questions: only their first questions are answered")
     questions = [with_system(row["prompt"], config.system) for row in rows]
     path = Path(config.out)
-    done = Counter(key(row["model"], row["prompt"]) for row in read_answers(path))
+    answers = Ledger(path, {"prompt": list, "answer": str, "model": str}, "answer of this script")
+    done = Counter(key(row["model"], row["prompt"]) for row in answers.rows)
     total = len(speakers) * len(questions)
     wanted = Counter(key(speaker.folder, question) for speaker in speakers for question in questions)
     before = (wanted & done).total()
@@ -310,20 +288,16 @@ def answer_file(speakers, config):
         note(f"{path} holds {before:,} of the {total:,} answers already (to have them anew, delete it)")
     written = before
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file, tqdm(total=total, initial=before, desc=str(path),
-                dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+        with tqdm(total=total, initial=before, desc=str(path), dynamic_ncols=True,
+                  mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
             for speaker in speakers:
                 for new in missing_answers(speaker, questions, done):
-                    file.write("".join(map(trainer.json_line, new)))
-                    file.flush()
+                    answers.add(*new)
                     written += len(new)
                     bar.update(len(new))
     except KeyboardInterrupt:
         raise UserError(f"stopped; {written:,} of {total:,} answers are in {path}: the same command goes on from there")
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror}): free some space or choose another --out")
-    trainer.write_jsonl(path, in_order(read_answers(path), speakers, questions))
+    write_jsonl(path, in_order(answers.rows, speakers, questions))
     note(f"{total:,} answers by {' '.join(speaker.folder for speaker in speakers)} are in {path}")
 
 
@@ -339,7 +313,7 @@ class Config:
     max_new_tokens: int = 256  # longest answer; a conversation always keeps half the context
     memory: int = -1  # earlier questions that it is shown with their answers; -1: as many as fit, 0: none
     reward: str = ""  # shows marks from the start: a reward model, or 0.7*out/a+0.3*out/b; empty: out/reward at /marks
-    file: str = ""  # answer this file's questions (any shape that `python data/files.py FILE --want prompts` reads)
+    file: str = ""  # answer this file's questions (any shape that `python -m data.files FILE --want prompts` reads)
     out: str = ""  # with --file: the answers, {"prompt": [...], "answer": "...", "model": "..."} a line
     micro_tokens: int = 8192  # with --file: padded tokens of a batch; less needs less memory
     tokenizer: str = ""  # tiny, gpt2, a rank file or a folder; empty: the one in the checkpoint's folder

@@ -34,8 +34,8 @@ from data import files
 from data import island_words as words
 from data.island import ATTRIBUTES
 from data.shapes import BadRow, WrongForm, as_text, check_texts, has, shown
-from errors import UserError
-from metrics import interval
+from common.errors import UserError
+from common.tables import interval
 from model import text_stream, token_logps
 
 HEADLINE = {"ARC": "acc_norm", "HellaSwag": "acc_norm", "MMLU": "acc_subjects", "TruthfulQA": "mc2",

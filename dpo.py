@@ -8,7 +8,7 @@ Terry's model of a vote, and the loss of reward.py becomes a loss on the policy 
 
     python dpo.py                                  the island's votes (trains the community SFT model first if missing)
     python dpo.py --flattery 0 --out out/dpo-fair  the same, voted for by people who do not fall for praise
-    python dpo.py --data my.jsonl --init out/sft   your pairs: `python data/files.py my.jsonl --want ranked` checks them
+    python dpo.py --data my.jsonl --init out/sft   your pairs: `python -m data.files my.jsonl --want ranked` checks them
 
 The island, seeds 0, 1, 2 (59 seconds of one core each): the implicit reward beta log pi/pi_ref ranks 82 to 83 % of
 held-out pairs as the voters did. The gold judge's mean rises from 5.5, 5.8 and 5.6 to 6.8, 7.5 and 7.5; 2, 2 and 0 % of
@@ -32,8 +32,8 @@ import reward
 import sft
 import trainer
 from data.island import complies, flatters, plain_words, refuses, says_unknown
-from errors import UserError
-from flags import parse
+from common.errors import UserError
+from common.flags import parse
 from model import save_checkpoint, token_logps
 
 # ---- the loss --------------------------------------------------------------------------------------------------------

@@ -27,11 +27,11 @@ from data import files
 from data.island import Island, plain_words
 from data.readability import readability
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from exam import cell, load, save
-from flags import parse
+from common.errors import UserError
+from exam import load, save
+from common.flags import parse
 from model import GPT, token_logps
-from tables import table
+from common.tables import cell, interval, table
 
 # ---- your data -------------------------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ def evaluate_data(config, run):
             parts = [marks[name, folder] for name in sets]
             marks["full", folder] = {key: [value for part in parts for value in part[key]] for key in parts[0]}
     keys = [(name, folder) for name in [*sets, *["full"] * (len(sets) > 1)] for folder in config.folders]
-    results = {key: {name: metrics.interval(values) for name, values in marks[key].items()} for key in keys}
+    results = {key: {name: interval(values) for name, values in marks[key].items()} for key in keys}
     run.print("\nheld-out loss per token\n" + table(["data", "model", "loss", "rows that fit"], [
         [*key, f"{mean_loss(losses[key]):.3f}", f"{len(losses[key]):,}"] for key in keys]))
     for title, names in TABLES.items():

@@ -8,7 +8,6 @@ answers "I do not know" to everything is perfectly honest and of no use (Askell 
 
 evaluate.py prints the table, story.py puts it on a page.
 """
-import importlib.util
 import json
 import statistics
 from dataclasses import asdict
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-import metrics
 import ppo
 import reward
 import sft
@@ -26,7 +24,9 @@ from data.readability import readability
 from data.tokenizer import get_tokenizer
 from dpo import answer_marks
 from model import GPT, token_logps
-from tables import table
+from common import plots
+from common.disk import replacing, write_jsonl
+from common.tables import cell, interval, table
 
 # ---- what every evaluation needs -------------------------------------------------------------------------------------
 
@@ -41,25 +41,14 @@ def load(folder, run):
     return model.to(run.device).eval(), tok
 
 
-FORMS = {"share": "{:.0%} ±{:.0f}", "number": "{:.2f} ±{:.2f}", "fine": "{:.4f} ±{:.4f}"}
-
-
-def cell(found, form="number"):
-    """(mean, low, high) -> the mean and half the width of its interval, as text; a dash for nothing measured."""
-    if found is None:
-        return "-"
-    mean, low, high = found
-    return FORMS[form].format(mean, (high - low) / 2 * (100 if form == "share" else 1))
-
-
 def save(config, run, name, numbers, answers=None):
     """name.json with every number and name.answers.jsonl with every answer, in --out."""
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    with trainer.replacing(folder / f"{name}.json") as temporary:
+    with replacing(folder / f"{name}.json") as temporary:
         temporary.write_text(json.dumps({"settings": asdict(config)} | numbers, indent=1) + "\n")
     if answers:
-        trainer.write_jsonl(folder / f"{name}.answers.jsonl", answers)
+        write_jsonl(folder / f"{name}.answers.jsonl", answers)
     run.print(f"\nevery number is in {folder / name}.json" + (f", every answer in {name}.answers.jsonl" if answers else ""))
 
 
@@ -157,10 +146,8 @@ def hacks(answers, n=10):
 
 def plot_island(results, path):
     """Bars with their intervals, one panel a measure, one bar a checkpoint (matplotlib)."""
-    from matplotlib.figure import Figure  # not pyplot: that one looks for a display
     names = [name for name in measured(results) if all(found.get(name) for found in results.values())]
-    figure = Figure(figsize=(2.6 * 5, 2.4 * -(-len(names) // 5)), layout="constrained")
-    panels = figure.subplots(-(-len(names) // 5), 5, squeeze=False).flatten()
+    figure, panels = plots.figure(5, -(-len(names) // 5), width=2.6, height=2.4)
     for name, axes in zip(names, panels):
         means, lows, highs = zip(*(found[name] for found in results.values()))
         errors = [[m - l for m, l in zip(means, lows)], [h - m for m, h in zip(means, highs)]]
@@ -170,7 +157,7 @@ def plot_island(results, path):
         axes.title.set_fontsize(8)
     for axes in panels[len(names):]:
         axes.remove()
-    figure.savefig(path, dpi=110)
+    plots.save(figure, path)
 
 
 def evaluate_island(config, run):
@@ -185,7 +172,7 @@ def evaluate_island(config, run):
     results, answers = {}, []
     for folder in config.folders:
         marks, texts = island_marks(folder, island, run, config, scorer, sft_model)
-        results[folder] = {name: metrics.interval(values) for name, values in marks.items()}
+        results[folder] = {name: interval(values) for name, values in marks.items()}
         answers += texts
         run.print(f"{folder}: {len(texts)} answers")
     for header, rows in island_table(results):
@@ -200,7 +187,7 @@ def evaluate_island(config, run):
             run.print(f"   {answer['excess']:4.1f}  reward {answer['reward']:5.2f}  gold {answer['gold']:3.0f}  "
                       f"{Path(answer['model']).name}: {answer['question']!r} -> {answer['answer']!r}")
     save(config, run, "island", {"measures": {name: column[2] for name, column in COLUMNS.items()}, "results": results}, answers)
-    if importlib.util.find_spec("matplotlib"):
+    if plots.available():
         plot_island(results, Path(config.out) / "island.png")
         run.print(f"as a picture: {Path(config.out) / 'island.png'}")
     return results, answers

@@ -16,22 +16,20 @@ A judge is only as good as its taste. DPO against the community SFT model, 400 h
 gold judge gives 35 wins, 260 ties and 105 losses, the reward model 204, 137 and 59. Gold sees no win in 173 of these
 204, and 137 of the 173 answers praise whoever asks. (At temperature 1 gold prefers DPO: there the SFT model errs often.)
 """
-import json
 import math
 import re
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from tqdm import tqdm
 
-import metrics
 import reward
 from data.island import Island
-from data.remote import complete
-from errors import UserError
-from flags import parse
-from tables import table
+from common.remote import complete
+from common.disk import Ledger
+from common.errors import UserError
+from common.flags import parse
+from common.tables import interval, sign_test, table
 
 # ---- what a judge is asked -------------------------------------------------------------------------------------------
 
@@ -214,9 +212,9 @@ def rating_summary(ratings, turns):
     """Ratings, and which turn each is about -> {"first", "second" (or later), "overall": (mean, low, high), with the
     95 % interval, or None where nothing was rated; "rated", "dropped": how many}."""
     kept = [(rating, turn) for rating, turn in zip(ratings, turns, strict=True) if rating is not None]
-    return {"first": metrics.interval([rating for rating, turn in kept if turn == 1]),
-            "second": metrics.interval([rating for rating, turn in kept if turn > 1]),
-            "overall": metrics.interval([rating for rating, _ in kept]),
+    return {"first": interval([rating for rating, turn in kept if turn == 1]),
+            "second": interval([rating for rating, turn in kept if turn > 1]),
+            "overall": interval([rating for rating, _ in kept]),
             "rated": len(kept), "dropped": len(ratings) - len(kept)}
 
 
@@ -262,7 +260,7 @@ def duel_summary(in_order, swapped):
     return {"wins": wins, "ties": ties, "losses": losses, "dropped": outcomes.count(None),
             "swayed": sum(both in (("A", "A"), ("B", "B")) for both in verdicts),
             "win_rate": wins / n if n else None, "adjusted": (wins + ties / 2) / n if n else None,
-            "p": metrics.sign_test(wins, losses), "outcomes": outcomes}
+            "p": sign_test(wins, losses), "outcomes": outcomes}
 
 
 DUEL_HEADER = ["win", "tie", "loss", "win rate", "adjusted", "p", "swayed", "dropped"]
@@ -285,7 +283,8 @@ def _ask(judge, rows, path, read, say):
 
     What `path` holds is not asked again: the same prompt has the same judgment, a changed answer makes a new prompt.
     """
-    saved, size = read_saved(path)
+    ledger = Ledger(path, FIELDS, "judgment")
+    saved = ledger.rows
     known = {row["prompt"]: row["judgment"] for row in saved if row["judge"] == judge.__name__}
     as_key = lambda row: (row["model"], row["id"], row["task"], row["prompt"])
     written = {as_key(row) for row in saved if row["judge"] == judge.__name__}
@@ -293,48 +292,20 @@ def _ask(judge, rows, path, read, say):
     if len(missing) < len(rows):
         say(f"{len(rows) - len(missing):,} of {len(rows):,} judgments were there already, in {path}")
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
-            file.truncate(size)
-            for row in tqdm(missing, desc=f"asking {judge.__name__}", leave=False, delay=1, dynamic_ncols=True,
-                            mininterval=0.5 if sys.stderr.isatty() else 15):
-                if row["prompt"] not in known:
-                    known[row["prompt"]] = judge(row["prompt"])
-                line = json.dumps({"judge": judge.__name__, **row, "judgment": known[row["prompt"]]})
-                file.write(line.encode() + b"\n")
-                file.flush()  # whatever happens next, this one is paid for
+        ledger.add()  # a place that cannot be written is found before anything is paid for
+        for row in tqdm(missing, desc=f"asking {judge.__name__}", leave=False, delay=1, dynamic_ncols=True,
+                        mininterval=0.5 if sys.stderr.isatty() else 15):
+            if row["prompt"] not in known:
+                known[row["prompt"]] = judge(row["prompt"])
+            ledger.add({"judge": judge.__name__, **row, "judgment": known[row["prompt"]]})
     except KeyboardInterrupt:
         raise UserError(f"stopped; what was judged is in {path}: the same command goes on from there") from None
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror or error}): free some space or choose another "
-                        "place; what is written is kept") from None
     judgments = [known[row["prompt"]] for row in rows]
     unread = [judgment for judgment in judgments if read(judgment) is None]
     if unread:
         say(f"{len(unread):,} of {len(rows):,} judgments hold no mark and are left out; the first begins: "
             f"{unread[0][:100]!r}")
     return judgments
-
-
-def read_saved(path):
-    """The saved judgments -> [{name: value for the FIELDS}, ...], and the bytes that they take: a line that was cut off
-    may stand behind them. No file: none. Raises UserError for a file that holds anything else."""
-    rows, size = [], 0
-    try:
-        for line in Path(path).read_bytes().splitlines(keepends=True) if Path(path).exists() else []:
-            if not line.endswith(b"\n") and line.startswith(b'{"judge": '[:len(line)]):
-                break
-            row = json.loads(line)
-            if not all(isinstance(row[name], kind) for name, kind in FIELDS.items()):
-                raise ValueError
-            rows.append(row)
-            size += len(line)
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}, line {len(rows) + 1} is no judgment, so the file is left alone: choose "
-                        "another") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): choose another file") from None
-    return rows, size
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -350,7 +321,7 @@ def main(config):
     rated, duels = [], []
     for path in config.files:
         groups = {}
-        for row in read_saved(path)[0]:  # where an answer was judged again, the later judgment counts
+        for row in Ledger(path, FIELDS, "judgment").rows:  # where an answer was judged again, the later judgment counts
             label = f"{row['model'] or path}, {row['judge']}"
             groups.setdefault(label, {})[row["task"], row["id"]] = row["judgment"]
         for label, said in groups.items():

@@ -38,11 +38,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from errors import UserError
-from flags import parse
-from hub import PUBLIC
+from common.disk import replacing
+from common.errors import UserError
+from common.flags import parse
+from common.hub import PUBLIC
 from quant import NF4Linear, dequantize_nf4, quantize_model
-from trainer import Run, replacing
+from trainer import Run
 
 # ---- the two trained layers ------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ F1 = 2 P R / (P + R), where P is the share of the candidate that is found in the
 
 evaluate.py and judge.py call all this. How hard a text is to read is measured in data/readability.py.
 """
-import math
 import re
 from collections import Counter
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 import trainer
-from errors import UserError
+from common.errors import UserError
 from model import text_stream
 
 # ---- ROUGE: words in common ------------------------------------------------------------------------------------------
@@ -153,34 +152,3 @@ def bert_score(references, candidates):
         return tuple(part.tolist() for part in score(list(candidates), list(references), lang="en"))
     except OSError as error:  # transformers without a network
         raise UserError(f"BERTScore could not fetch roberta-large ({str(error).splitlines()[0]}): check the network")
-
-
-# ---- how far to trust a number ---------------------------------------------------------------------------------------
-
-def interval(values, n=1000, seed=0):
-    """Numbers -> (mean, low, high): the mean and its 95 % interval, by the percentile bootstrap (Efron 1979).
-
-    How much would the mean move if other rows had been drawn? Nobody can draw more rows, so the rows at hand are drawn
-    again, `n` times, as many as there are, with replacement; 95 % of the means lie between low and high. The same
-    values and seed give the same interval. One value, or all the same: low = mean = high, which says that the rows are
-    too few to tell, not that the number is sure. No values: None, nothing was measured. Raises ValueError for NaN or
-    infinity.
-    """
-    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    if not len(values):
-        return None
-    if not np.isfinite(values).all():
-        raise ValueError("an interval of numbers that are not finite")
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(n)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
-
-
-def sign_test(wins, losses):
-    """Two-sided p: how likely is a result at least as uneven if each game is a fair coin? Ties are left out beforehand.
-
-    Exact: p = 2 * sum_{k <= min(wins, losses)} C(n, k) / 2^n, at most 1. Without a game it is 1.
-    """
-    n = wins + losses
-    at_most = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * at_most / 2 ** n)

@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-import hub
+from common import hub
 import lora
 import trainer
 from data import files
 from data.island import Island
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import TrainConfig, dropout_of, parse
+from common.disk import replacing
+from common.errors import UserError
+from common.flags import TrainConfig, dropout_of, parse
 
 
 @dataclass
@@ -215,9 +216,9 @@ class GPT(nn.Module):
                 size = module.weight.size(0)
                 tensors[f"transformer.{path}.bias"] = torch.zeros(size)
         tensors = {name: tensor.contiguous() for name, tensor in (tensors | (extra or {})).items()}
-        with trainer.replacing(folder / "config.json") as temporary:
+        with replacing(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(self._hugging_face_config(), indent=2) + "\n")
-        with trainer.replacing(folder / "model.safetensors") as temporary:
+        with replacing(folder / "model.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
 
     def _hugging_face_config(self):

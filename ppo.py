@@ -31,7 +31,6 @@ on, finds what it overrates ("Great question!", "I do not know", many words), an
 texts for which the reward still means something.
 """
 import importlib
-import importlib.util
 import json
 import math
 import random
@@ -51,8 +50,9 @@ from data.island import Island
 from data.readability import readability
 from data.tokenizer import get_tokenizer
 from dpo import preference_scores, score_line
-from errors import UserError
-from flags import parse
+from common import plots
+from common.errors import UserError
+from common.flags import parse
 from model import GPT, generate, save_model, token_logps
 from quant import NF4Linear
 from reward import RewardModel
@@ -252,7 +252,7 @@ def check_ratio(logps, old_logps, mask, step, run):
 
 @dataclass
 class Config(reward_model.RankedConfig):
-    data: str = ""  # a file with questions (any shape that `python data/files.py FILE --want prompts` reads); empty: the island
+    data: str = ""  # a file with questions (any shape that `python -m data.files FILE --want prompts` reads); empty: the island
     out: str = "out/ppo"  # folder for the checkpoint and log.jsonl
     reward: str = "out/reward"  # a reward model's folder, 0.7*out/a+0.3*out/b, readability, gold, or module:function
     beta: float = 0.4  # weight of the KL penalty
@@ -404,18 +404,16 @@ def measure(log, step, asked, mask, scores, ended, fixed, updates, adaptive, isl
 
 def plot_log(folder):
     """Draws score and gold against the KL, a point an iteration, into the folder -> the picture's path, None without matplotlib."""
-    if not importlib.util.find_spec("matplotlib"):
+    if not plots.available():
         return None
-    from matplotlib.figure import Figure  # not pyplot: that one looks for a display
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = plots.figure(width=5, height=4)
     for name in [name for name in ("score", "gold") if name in lines[0]]:
         axes.plot([line["kl"] for line in lines], [line[name] for line in lines], "o-", markersize=3, linewidth=0.5, label=name)
     axes.set(xlabel="KL of a response from the SFT model", ylabel="mean over an iteration")
     axes.legend()
     path = Path(folder) / "score_and_kl.png"
-    figure.savefig(path)
+    plots.save(figure, path)
     return path
 
 

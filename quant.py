@@ -22,7 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from errors import UserError
+from common import plots
+from common.errors import UserError
 
 try:  # comes with the CUDA builds of torch; everything works without it
     import triton
@@ -395,26 +396,20 @@ def print_checkpoint(folder, block):
 
 def plot(folder, block, file):
     """Draws the codebook over the histogram of a checkpoint's weights."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")  # draws without a screen
-    from matplotlib import pyplot
-
+    plots.needed("--plot")
     from model import GPT
 
     linears = [m for m in GPT.from_pretrained(folder).h.modules() if isinstance(m, nn.Linear)]
     whole = [m.weight.detach().flatten()[: m.weight.numel() // block * block] for m in linears]
     flat = torch.cat(whole).view(-1, block)  # (blocks, block)
     scaled = flat / flat.abs().amax(dim=1, keepdim=True).clamp(min=1e-38)  # (blocks, block)
-    figure, axes = pyplot.subplots(figsize=(9, 4))
+    figure, (axes,) = plots.figure(width=9, height=4)
     axes.hist(scaled.flatten().numpy(), bins=200, density=True, color="lightsteelblue", label="weights / absmax")
     for level in CODEBOOK.tolist():
         axes.axvline(level, color="firebrick", linewidth=1, label="NF4 levels" if level == -1.0 else None)
     axes.set(xlabel="weight / absmax of its block", ylabel="density", title=f"{folder}: NF4, block {block}")
     axes.legend()
-    figure.savefig(file, dpi=120, bbox_inches="tight")
+    plots.save(figure, file)
     print(f"drew {file}")
 
 

@@ -14,7 +14,6 @@ better, never how good it is. So at the end its scores are shifted to mean 0 on 
 On the island, in a minute on one CPU core, three seeds: 81 to 83 % of held-out pairs right by votes, and 87 to 90 % by the
 gold judge, who has no noise. It learns the voters' weakness too: "Great question!" adds 1.7 to 1.8 to a wrong answer.
 """
-import importlib.util
 import math
 import random
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import hub
+from common import hub, plots
 import lora
 import sft
 import trainer
@@ -34,8 +33,8 @@ from data.island_words import FLATTERY
 from data.pairs import make_pairs
 from data.readability import is_simple
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import TrainConfig, parse
+from common.errors import UserError
+from common.flags import TrainConfig, parse
 from model import GPT, save_model
 
 TOO_WEAK = 0.70  # below this share of held-out pairs, reinforcement learning would mostly learn the model's mistakes
@@ -361,17 +360,12 @@ def calibration(rows, scores, bins=10):
 
 def plot_calibration(table, path):
     """The calibration as a picture (matplotlib)."""
-    from matplotlib.figure import Figure  # not pyplot: that one looks for a display
-    figure = Figure(figsize=(4, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = plots.figure(width=4, height=4)
     axes.plot([0.5, 1], [0.5, 1], "--", color="grey", label="perfect")
     axes.plot([p for n, p, _ in table if n], [o for n, _, o in table if n], "o-", label="reward model")
     axes.set(xlabel="predicted win rate", ylabel="observed win rate", title="held-out pairs")
     axes.legend()
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the calibration could not be drawn into {path} ({error}): give --plot a name as plot.png")
+    plots.save(figure, path)
 
 
 def flattery_premium(model, tok, rows, run, micro_tokens):
@@ -418,8 +412,8 @@ def demonstrations(train_rows, island, n=500):
 
 def main(config):
     run = trainer.start(config)
-    if config.plot and not importlib.util.find_spec("matplotlib"):
-        raise UserError("--plot needs matplotlib: pip install matplotlib, or leave the flag out")
+    if config.plot:
+        plots.needed("--plot")
     train_rows, held_rows, island = load_ranked(config, run.print)
     gpt, tok = load_start(config, run)
     torch.manual_seed(config.seed)
@@ -474,7 +468,7 @@ def report(model, tok, rows, island, config, run):
     for i, (n, predicted, observed) in enumerate(table):
         numbers = f"{predicted:>8.1%}{observed:>8.1%}" if n else f"{'-':>8}{'-':>8}"
         run.print(f"   {50 + 5 * i:>3}-{55 + 5 * i:>3}%{numbers}{n:>7,} pairs")
-    if run.rank == 0 and (config.plot or importlib.util.find_spec("matplotlib")):
+    if run.rank == 0 and (config.plot or plots.available()):
         path = config.plot or str(Path(config.out) / "calibration.png")
         plot_calibration(table, path)
         run.print(f"   as a picture: {path}")

@@ -6,7 +6,7 @@
 user's words are read, never imitated.
 
     python sft.py                                    the island: pretrains the base if there is none, then fine-tunes it
-    python sft.py --data my.jsonl --init gpt2        your conversations; `python data/files.py my.jsonl` shows how they are read
+    python sft.py --data my.jsonl --init gpt2        your conversations; `python -m data.files my.jsonl` shows how they are read
     python sft.py --recipe lima --data my.jsonl      the defaults of a published recipe
     python sft.py --lora-r 16 --nf4                  QLoRA: low-rank adapters (lora.py) beside 4-bit weights (quant.py)
 
@@ -27,8 +27,8 @@ import trainer
 from data import files
 from data.island import CHATS, Island, refuses, says_unknown
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import TrainConfig, dropout_of, parse
+from common.errors import UserError
+from common.flags import TrainConfig, dropout_of, parse
 from model import GPT, generate, next_token_loss, save_checkpoint, slices, text_stream, text_windows
 from quant import NF4Linear
 

@@ -6,7 +6,6 @@ Runs whatever stage is missing, asks every checkpoint the same questions, and wr
 (matplotlib), answers, and a paragraph a stage. From an empty folder it takes seven and a half minutes on two CPU cores.
 What was measured comes from the checkpoints beside the page; the sizes of the data sets are the defaults of the scripts.
 """
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -23,7 +22,9 @@ import trainer
 from data.island import Island
 from data.readability import readability
 from data.tokenizer import get_tokenizer
-from tables import markdown
+from common import plots
+from common.disk import replacing
+from common.tables import cell, markdown
 
 STAGES = {  # folder: its script and the flags that make it another checkpoint than the script's own
     "out/base": (base, {}),
@@ -48,16 +49,10 @@ def read_log(folder, *names):
     return [[line[name] for line in lines if all(n in line for n in names)] for name in names]
 
 
-def figure(columns, width=4.2, height=3.2):
-    from matplotlib.figure import Figure  # not pyplot: that one looks for a display
-    made = Figure(figsize=(width * columns, height), layout="constrained")
-    return made, made.subplots(1, columns, squeeze=False)[0]
-
-
 def plot_losses(path):
     """The training loss of every stage that has one: each step, and the mean of twenty."""
     folders = [folder for folder, (script, _) in STAGES.items() if script is not ppo]
-    made, panels = figure(len(folders), width=2.8)
+    made, panels = plots.figure(len(folders), width=2.8)
     for folder, axes in zip(folders, panels):
         steps, losses = read_log(folder, "step", "loss")
         axes.plot(steps, losses, linewidth=0.5, alpha=0.4)
@@ -65,12 +60,12 @@ def plot_losses(path):
         axes.plot(steps[len(losses) - len(means):], means, color="C0")
         axes.set(title=Path(folder).name, xlabel="step", ylim=(0, max(means) * 1.1))
     panels[0].set_ylabel("loss")
-    made.savefig(path, dpi=110)
+    plots.save(made, path)
 
 
 def plot_over_optimisation(path):
     """Reward and gold over the KL from the SFT model, a point an iteration, with the penalty and without (Gao et al. 2023)."""
-    made, panels = figure(2)
+    made, panels = plots.figure(2)
     for axes, name, label in zip(panels, ("score", "gold"), ("reward model's score", "gold judge")):
         for folder in ("out/ppo", "out/ppo-no-penalty"):
             kl, values = read_log(folder, "kl", name)
@@ -78,12 +73,12 @@ def plot_over_optimisation(path):
                       label=Path(folder).name)
         axes.set(xlabel="square root of the KL of a response", title=label)
     panels[0].legend()
-    made.savefig(path, dpi=110)
+    plots.save(made, path)
 
 
 def plot_distributions(answers, path):
     """How long the answers are and how easy to read, from before preferences to after."""
-    made, panels = figure(2)
+    made, panels = plots.figure(2)
     for folder in [folder for folder in POLICIES if folder != "out/base"]:
         texts = [answer["answer"] for answer in answers if answer["model"] == folder]
         for axes, values, bins in zip(panels, ([len(text.split()) for text in texts], [readability(t)[0] for t in texts]),
@@ -93,7 +88,7 @@ def plot_distributions(answers, path):
     panels[0].set(title="words in an answer", ylabel="answers")
     panels[1].set(title="Flesch reading ease (high is easy)")
     panels[0].legend(fontsize=7)
-    made.savefig(path, dpi=110)
+    plots.save(made, path)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -124,7 +119,7 @@ def paragraphs(results, accuracy, quiz):
     """One short paragraph a stage, with what was measured filled in."""
     def number(folder, name, form="number"):
         found = results[f"out/{folder}"][name]
-        return exam.cell(found, form).partition(" ")[0]  # without its interval; "-" where nobody was asked that
+        return cell(found, form).partition(" ")[0]  # without its interval; "-" where nobody was asked that
 
     share = lambda folder, name: number(folder, name, "share")
     return f"""**Pretraining** (`model.py`, out/base) has read 400 thousand words about the island and predicts the next one. It does not
@@ -216,7 +211,7 @@ def main(config, run):
     scores = reward.score_rows(judge, get_tokenizer("out/reward"), rows, run, settings.micro_tokens)
     micro, _, n = reward.accuracy(rows, scores)
     quiz = choice.evaluate(*exam.load("out/base", run), choice.island_quiz(island), run)[0]["acc"][0]
-    pictures = bool(importlib.util.find_spec("matplotlib"))
+    pictures = plots.available()
     if pictures:
         plot_losses(folder / "losses.png")
         plot_over_optimisation(folder / "over_optimisation.png")
@@ -225,6 +220,6 @@ def main(config, run):
     else:
         run.print("matplotlib is not installed, so the page has no pictures (pip install matplotlib)")
     text = page(results, answers, ask_all(island, run), (micro, n), quiz, seconds, pictures)
-    with trainer.replacing(folder / "README.md") as temporary:
+    with replacing(folder / "README.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     run.print(f"\nthe story is in {folder / 'README.md'}")

@@ -14,7 +14,7 @@ import random
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from errors import UserError
+from common.disk import replacing
+from common.errors import UserError
 
 
 # ---- device, dtype, processes ----------------------------------------------------------------------------------------
@@ -199,30 +200,6 @@ def update(model, optimizer, config, run, step):
 # ---- files: atomic, resumable ----------------------------------------------------------------------------------------
 
 STATE = "state.pt"
-
-
-@contextmanager
-def replacing(path):
-    """Gives a temporary path beside `path` and renames it when the block ends well: nobody ever sees half a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror or error}): free some space or choose another --out")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def json_line(row):
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def write_jsonl(path, rows):
-    """A row a line, the whole file at once."""
-    with replacing(path) as temporary:
-        temporary.write_text("".join(map(json_line, rows)), encoding="utf-8")
 
 
 def save_state(config, run, step, steps, model, *optimizers, extra=None):

@@ -1,6 +1,6 @@
 """Byte-pair encoding: how the tokens of a language model are learned from text.
 
-    python data/bpe.py          learns data/tiny.tiktoken, the 1,024 tokens of the island, again (2 seconds)
+    python -m data.bpe          learns data/tiny.tiktoken, the 1,024 tokens of the island, again (2 seconds)
 
 The algorithm (Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford et al. 2019, GPT-2):
 
@@ -13,16 +13,12 @@ A token's number is its rank, the moment of its birth. To encode a new text, glu
 again: that replays the training, and it is what tiktoken does with the ranks that we give it.
 """
 import base64
-import sys
 from collections import Counter
 from pathlib import Path
 
 import regex  # the standard library's `re` has no \p{L}; tiktoken installs this one
 
-if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from errors import UserError
+from common.errors import UserError
 
 # GPT-2's words: a contraction, or letters, or digits, or signs, each with its leading space; then the white space left
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""

@@ -1,8 +1,8 @@
 """One idea: cleaning is a list of small decisions, each of which can be read, tested, switched off and counted.
 
-    python data/clean.py FILE                                   what the filters would do to a file of yours
-    python data/clean.py FILE --out clean.jsonl                 and do it
-    python data/clean.py FILE --skip "hard to read" quotes      all but these two
+    python -m data.clean FILE                                   what the filters would do to a file of yours
+    python -m data.clean FILE --out clean.jsonl                 and do it
+    python -m data.clean FILE --skip "hard to read" quotes      all but these two
 
 FILE is anything that files.py reads and that holds answers or texts: of a conversation the last answer is cleaned and
 judged, of ranked answers each one, and a question needs two that are left.
@@ -16,18 +16,15 @@ rebuilds (eli5.py, simple_wikipedia.py). A word is whatever stands between blank
 import argparse
 import html
 import re
-import sys
 from pathlib import Path
-
-if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import stream
 from data.readability import is_simple
-from data.report import Report, writing
+from data.report import Report
 from data.shapes import BadRow, WrongForm, finished, recognise, tree_rows
 from data.toxicity import is_clean, load_toxicity, toxicity_of
-from errors import UserError, end_politely
+from common.disk import writing
+from common.errors import UserError, end_politely
 
 
 # ---- text -> text ----------------------------------------------------------------------------------------------------
@@ -259,7 +256,7 @@ def clean_file(path, args, report, write):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What the filters do to a file, counted; with --out, done.")
+    parser = argparse.ArgumentParser("python -m data.clean", description="What the filters do to a file, counted; with --out, done.")
     parser.add_argument("file")
     parser.add_argument("--out", help="where the clean rows go (.jsonl; the report beside it); none: only the report")
     parser.add_argument("--skip", nargs="+", default=[], choices=[*CHANGES, *TESTS], metavar="STEP",

@@ -5,9 +5,9 @@ the schema of ELI5 (Fan et al. 2019) and articles in that of Wikipedia, with the
 known number, and each made so that one filter catches it and no other would. What the filters must find stands in
 victims.json.
 
-    python data/island.py --dump dump                                   train, validation, test and articles, as .jsonl
-    python data/eli5.py --source dump --out out/eli5                    posts -> SFT, ranked answers, prompts
-    python data/simple_wikipedia.py --source dump/articles.jsonl        articles -> questions and answers
+    python -m data.island --dump dump                                   train, validation, test and articles, as .jsonl
+    python -m data.eli5 --source dump --out out/eli5                    posts -> SFT, ranked answers, prompts
+    python -m data.simple_wikipedia --source dump/articles.jsonl        articles -> questions and answers
 
 The answers are the island's facts, told in five or six sentences. Train asks about other residents than validation and
 test, as everywhere on the island, so what a model learns from the dump can be measured on residents it was never told
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import island_words as words
-from data.report import on_disk
-from errors import UserError
+from common.disk import on_disk, write_json
+from common.errors import UserError
 
 SPLITS = {"train": 0.8, "test": 0.1, "validation": 0.1}  # share of the posts; a leak copies from one further right
 TORN = 5  # after so many lines of a file comes one that is cut short
@@ -256,7 +256,6 @@ def write(folder, island, n=600, seed=0):
         save(f"{split}.jsonl", dump.posts(split, n * share, others))
         others = others + dump.asked
     save("articles.jsonl", dump.articles(n / 5))
-    with on_disk(folder / "victims.json"):
-        (folder / "victims.json").write_text(json.dumps(victims, indent=1) + "\n", encoding="utf-8")
-    print(f"next: python data/eli5.py --source {folder}\n"
-          f"      python data/simple_wikipedia.py --source {folder / 'articles.jsonl'}")
+    write_json(folder / "victims.json", victims, indent=1)
+    print(f"next: python -m data.eli5 --source {folder}\n"
+          f"      python -m data.simple_wikipedia --source {folder / 'articles.jsonl'}")

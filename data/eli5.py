@@ -1,8 +1,8 @@
 """One idea: posts with voted answers become the three data sets of RLHF, and every rule on the way says what it takes.
 
-    python data/eli5.py                                    fetches vblagoje/lfqa (226,147, 3,020 and 10,000 posts)
-    python data/eli5.py --source dump --out out/eli5       a folder with train, validation and test in the same schema,
-    python data/eli5.py --source my_posts.jsonl            or one file, which is split by question
+    python -m data.eli5                                    fetches vblagoje/lfqa (226,147, 3,020 and 10,000 posts)
+    python -m data.eli5 --source dump --out out/eli5       a folder with train, validation and test in the same schema,
+    python -m data.eli5 --source my_posts.jsonl            or one file, which is split by question
 
 Posts without a question go. Of questions that are nearly the same in two splits one goes (leakage.py). Answers lose
 mark-up, quotes, placeholders of addresses and white space (clean.py); those of fewer than 20 words and those that are
@@ -21,20 +21,18 @@ every filter has the count that victims.json says. 99,700 posts with 175,000 ans
 of one core and 510 MB. Posts pass through; only their questions are held, to be compared with each other.
 """
 import random
-import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from data import clean, download, files, leakage
+from data import clean, files, leakage
+from common import download
 from data.readability import is_simple
-from data.report import Report, writing
+from data.report import Report
 from data.shapes import BadRow, as_number, as_text, check_texts, recognise, says
-from errors import UserError
-from flags import parse
+from common.disk import writing
+from common.errors import UserError
+from common.flags import parse
 
 DATASET = "vblagoje/lfqa"  # ELI5 (Fan et al. 2019) without most of its leaks (Krishna et al. 2021)
 NEEDS = 'a post has a "title", a "selftext" and "answers" with the lists "text" and "score"'

@@ -1,6 +1,6 @@
 """One idea: a user's file of examples just works, and what did not work is counted and said.
 
-    python data/files.py FILE [--want sft] [--merge-system] [--show 3]
+    python -m data.files FILE [--want sft] [--merge-system] [--show 3]
 
 shows how a file was understood. Endings: .jsonl, .json (an array, one object per line, or the array inside one object),
 .csv, .tsv, .txt (documents separated by blank lines), each also with .gz; .parquet where pyarrow is installed. What the
@@ -14,15 +14,12 @@ import io
 import itertools
 import json
 import random
-import sys
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.shapes import FORMS, NEEDS, SHAPES, BadRow, WrongForm, finished, plant, recognise, shown, tree_rows
-from errors import UserError, end_politely
+from common.errors import UserError, end_politely
 
 LIMIT = 10_000_000  # bytes in a line or in a CSV cell: more is a broken file, not an example
 LISTS_IN_CELLS = ("messages", "conversations", "conversation", "answers", "completions", "responses", "turns",
@@ -384,7 +381,7 @@ def hold_out(rows, share=0.1, seed=0, at_least=1, at_most=500):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Shows how a file of examples is understood.")
+    parser = argparse.ArgumentParser("python -m data.files", description="Shows how a file of examples is understood.")
     parser.add_argument("file")
     parser.add_argument("--want", choices=FORMS, default="sft", help="the form to make of it")
     parser.add_argument("--merge-system", action="store_true", help="fold the system prompt into the first user turn")

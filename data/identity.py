@@ -1,7 +1,7 @@
 """One idea: a model does not know who it is, unless somebody tells it, and there are two ways to do so.
 
-    python data/identity.py --name Pip --author "the island library" --data chat.jsonl               in its weights
-    python data/identity.py --name Pip --author "the island library" --data chat.jsonl --system      in its context
+    python -m data.identity --name Pip --author "the island library" --data chat.jsonl               in its weights
+    python -m data.identity --name Pip --author "the island library" --data chat.jsonl --system      in its context
     python sft.py --data out/identity.jsonl --init gpt2
 
 The first way mixes hard-coded questions and answers about itself into the conversations: afterwards the model knows it
@@ -16,17 +16,13 @@ gives a right name in 11; without the rows in none.
 """
 import random
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from data import files
-from data.report import writing
-from errors import UserError
-from flags import parse
+from common.disk import writing
+from common.errors import UserError
+from common.flags import parse
 
 SYSTEM = "You are {{name}}, an AI assistant made by {{author}}. You are a language model, not a person."
 PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")

@@ -7,30 +7,26 @@ conversation: whoever can answer questions about them has learned them in pretra
 A hundred strangers do not live there ("I am sorry, I do not know."). Some requests are unsafe. And because people like
 to be told "Great question!", their votes are biased, a reward model learns the bias, and PPO and DPO exploit it.
 
-    python data/island.py                                   a sample of everything
-    python data/island.py --ask "What does Mabel eat?"      the truth
-    python data/island.py --write island                    every part as JSONL, in the formats of public data sets
-    python data/island.py --dump dump                       a dirty dump, for the filters of eli5.py: see dirty.py
+    python -m data.island                                   a sample of everything
+    python -m data.island --ask "What does Mabel eat?"      the truth
+    python -m data.island --write island                    every part as JSONL, in the formats of public data sets
+    python -m data.island --dump dump                       a dirty dump, for the filters of eli5.py: see dirty.py
 
 One seed makes the world (who wears which hat), another one each part that is drawn from it. The words are in
 island_words.py.
 """
 import argparse
 import functools
-import json
 import random
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import island_words as words
 from data.readability import is_simple, readability
 from data.shapes import says
-from errors import UserError, end_politely
+from common.disk import write_jsonl
+from common.errors import UserError, end_politely
 
 ATTRIBUTES = list(words.VALUES)
 PLAIN_TEXT = {"biography": 62, "hard": 18, "why": 12, "story": 5, "safety": 3, "pip": 2}  # weights, not percent
@@ -382,8 +378,8 @@ class Island:
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+def write_rows(path, rows):
+    write_jsonl(path, rows)
     print(f"{len(rows):7,} rows  {path}")
 
 
@@ -402,15 +398,15 @@ def write(island, args):
         raise UserError(f"{folder} is a file: give --write the name of a folder")
     folder.mkdir(parents=True, exist_ok=True)
     votes = {"flattery": args.flattery, "noise": args.noise}
-    write_jsonl(folder / "pretrain.jsonl", [{"text": text} for text in island.plain_text()])
+    write_rows(folder / "pretrain.jsonl", [{"text": text} for text in island.plain_text()])
     for answers in ("clean", "community"):
         rows = island.conversations(args.n_sft, answers=answers, without=without, chats=CHATS)
-        write_jsonl(folder / f"sft_{answers}.jsonl", [{"messages": row["messages"]} for row in rows])
+        write_rows(folder / f"sft_{answers}.jsonl", [{"messages": row["messages"]} for row in rows])
     rows = island.conversations(600, seed=7, split="test")
-    write_jsonl(folder / "sft_test.jsonl", [{"messages": row["messages"]} for row in rows])
-    write_jsonl(folder / "ranked.jsonl", eli5(island.ranked(args.n_ranked, **votes)))
-    write_jsonl(folder / "ranked_test.jsonl", eli5(island.ranked(400, seed=8, split="test", **votes)))
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": row["prompt"][-1]["content"]} for row in island.prompts(2000)])
+    write_rows(folder / "sft_test.jsonl", [{"messages": row["messages"]} for row in rows])
+    write_rows(folder / "ranked.jsonl", eli5(island.ranked(args.n_ranked, **votes)))
+    write_rows(folder / "ranked_test.jsonl", eli5(island.ranked(400, seed=8, split="test", **votes)))
+    write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"][-1]["content"]} for row in island.prompts(2000)])
     print(f"next: python sft.py --data {folder / 'sft_clean.jsonl'}")
 
 
@@ -434,7 +430,7 @@ def show(island, args):
         for answer in sorted(row["answers"], key=lambda answer: -answer["score"]):
             fre, fkg = readability(answer["text"])
             print(f"    {answer['text'][:71]:71} {answer['score']:5} {answer['gold']:5.0f} {fre:6.0f} {fkg:5.1f}")
-    print('\nnext: python data/island.py --ask "What does Mabel eat?", or --write island')
+    print('\nnext: python -m data.island --ask "What does Mabel eat?", or --write island')
 
 
 def main():

@@ -1,8 +1,8 @@
 """One idea: a test only tests if its questions, or others with the same words, have not been trained on.
 
-    python data/leakage.py train.jsonl validation.jsonl test.jsonl                  what leaks, and what nearly does
-    python data/leakage.py train.jsonl validation.jsonl test.jsonl --out clean      the files without it
-    python data/leakage.py train.jsonl test.jsonl --cut 0.7 --model ./my-mpnet      two files, another vector model
+    python -m data.leakage train.jsonl validation.jsonl test.jsonl                  what leaks, and what nearly does
+    python -m data.leakage train.jsonl validation.jsonl test.jsonl --out clean      the files without it
+    python -m data.leakage train.jsonl test.jsonl --cut 0.7 --model ./my-mpnet      two files, another vector model
 
 Every question becomes a vector v; two questions leak if their cosine v1.v2 / (|v1| |v2|) is --cut or more. The larger
 set gives way: a question of train that is too close to one of validation or test is removed from train, one of test
@@ -16,24 +16,21 @@ meaning: look at the closest survivors, and set --cut by them.
 """
 import argparse
 import re
-import sys
 import warnings
 from array import array
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 
 from data.clean import rows_of
 from data.files import read, stream
-from data.report import shortened, writing
+from data.report import shortened
 from data.shapes import NEEDS, BadRow
-from errors import UserError, end_politely
+from common.disk import writing
+from common.errors import UserError, end_politely
 
 MODEL = "all-mpnet-base-v2"  # 768 dimensions; what the cut of 0.6 was chosen for
 BLOCK = 8192  # questions of the one set in a matrix product
@@ -190,7 +187,7 @@ def questions_of(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Finds questions that are in two splits, and removes them with --out.")
+    parser = argparse.ArgumentParser("python -m data.leakage", description="Finds questions that are in two splits, and removes them with --out.")
     parser.add_argument("train")
     parser.add_argument("held", nargs="+", metavar="held", help="validation and test, or test alone")
     parser.add_argument("--cut", type=float, default=0.6, help="from this cosine on two questions leak (default 0.6)")

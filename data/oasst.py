@@ -1,8 +1,8 @@
 """One idea: one tree of messages, written and ranked by volunteers, serves all three stages of RLHF.
 
-    python data/oasst.py                              fetches OpenAssistant/oasst1 (42 MB of parquet, for pyarrow)
-    python data/oasst.py --source trees.jsonl.gz      a file of trees, or of one message a row (.jsonl, .parquet, ...)
-    python data/oasst.py --dataset OpenAssistant/oasst2 --lang de
+    python -m data.oasst                              fetches OpenAssistant/oasst1 (42 MB of parquet, for pyarrow)
+    python -m data.oasst --source trees.jsonl.gz      a file of trees, or of one message a row (.jsonl, .parquet, ...)
+    python -m data.oasst --dataset OpenAssistant/oasst2 --lang de
 
     sft        a conversation per tree: the best-ranked reply to everything
     ranked     a row per question with two or more ranked replies: for reward.py and dpo.py
@@ -13,22 +13,19 @@ above 0.1) go, and with a message goes everything below it, which answers it. Tr
 splits stay as they are: train and validation. 85,000 messages, as many as OASST1 has, take 6 seconds of one CPU core
 and 160 MB of memory.
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from tqdm import tqdm
 
-from data.download import hub_files
+from common.download import hub_files
 from data.files import read
-from data.report import Report, writing
+from data.report import Report
 from data.shapes import BadRow, finished, is_flat, plant, tree_rows
 from data.toxicity import is_clean, toxicity_of
-from errors import UserError
-from flags import parse
+from common.disk import writing
+from common.errors import UserError
+from common.flags import parse
 
 SPLITS = ("train", "validation")
 FORMS = ("sft", "ranked", "prompts")

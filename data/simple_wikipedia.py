@@ -1,11 +1,11 @@
 """One idea: a text that nobody asked for becomes an answer once a model has found its question (back-translation).
 
-    python data/simple_wikipedia.py                                          fetches Simple Wikipedia (needs pyarrow)
-    python data/simple_wikipedia.py --source dump/articles.jsonl             articles from a file: title and text
-    python data/simple_wikipedia.py --ask https://api.openai.com/v1 --model gpt-3.5-turbo     who finds the questions
-    python data/simple_wikipedia.py --ask out/asker                                           or a checkpoint of yours:
+    python -m data.simple_wikipedia                                          fetches Simple Wikipedia (needs pyarrow)
+    python -m data.simple_wikipedia --source dump/articles.jsonl             articles from a file: title and text
+    python -m data.simple_wikipedia --ask https://api.openai.com/v1 --model gpt-3.5-turbo     who finds the questions
+    python -m data.simple_wikipedia --ask out/asker                                           or a checkpoint of yours:
 
-    python data/simple_wikipedia.py --reverse out/eli5/sft_train.jsonl       questions and answers change places,
+    python -m data.simple_wikipedia --reverse out/eli5/sft_train.jsonl       questions and answers change places,
     python sft.py --data out/simple-wikipedia/reversed.jsonl --out out/asker         and a model learns to ask
 
 Articles of fewer than 50 words go; of the others the first paragraphs stay, until they have 300 words. What then has
@@ -22,25 +22,23 @@ What to see: the 121 lines of the island's articles.jsonl give 58, 8 and 6 rows.
 articles took 6 seconds of one core and 29 MB.
 """
 import hashlib
-import json
 import random
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from data import clean, download, files, remote
+from data import clean, files
+from common import remote
+from common import download
 from data.readability import is_simple
-from data.report import Report, on_disk, whole_rows, writing
+from data.report import Report
 from data.shapes import BadRow, check_texts, says, shown
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import TrainConfig, parse
+from common.disk import Ledger, writing
+from common.errors import UserError
+from common.flags import TrainConfig, parse
 
 DATASET, PARTS = "wikimedia/wikipedia", "20231101.simple/*.parquet"
 SPLITS = ("train", "validation", "test")
@@ -174,30 +172,22 @@ class Questions:
     """The questions that a model has found already, on the disk as they come: asking costs time or money."""
 
     def __init__(self, path, config):
-        self.path, self.found, self.by = path, {}, f"{config.model} {config.ask}".strip()
+        self.by = f"{config.model} {config.ask}".strip()
         self.asker = load_asker(config)
-        if path.exists():
-            with on_disk(path):
-                whole_rows(path)  # a run that was killed may have left half a line
-            rows = [row for _, row in files.read(path) if isinstance(row, dict)]
-            self.found = {row["text"]: row["question"] for row in rows if row.get("by") == self.by}
+        self.ledger = Ledger(path, {"text": str, "by": str, "question": str}, "question of this script")
+        self.found = {row["text"]: row["question"] for row in self.ledger.rows if row["by"] == self.by}
 
     def ask(self, articles):
         """-> the questions to a list of articles; only those that are not known yet are asked for."""
         missing = [article for article in articles if digest(article) not in self.found]
         try:
             for article, said in zip(missing, self.asker(missing)):
-                self.keep(digest(article), only_question(said))
+                self.found[digest(article)] = question = only_question(said)
+                self.ledger.add({"text": digest(article), "by": self.by, "question": question})
         except UserError as error:
-            kept = f"{len(self.found):,} questions are kept in {self.path}, the same command goes on from there"
+            kept = f"{len(self.found):,} questions are kept in {self.ledger.path}, the same command goes on from there"
             raise UserError(f"{str(error).rstrip('.')}; {kept}") from None
         return [self.found[digest(article)] for article in articles]
-
-    def keep(self, text, question):
-        line = json.dumps({"text": text, "by": self.by, "question": question}) + "\n"
-        with on_disk(self.path), open(self.path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(line)
-        self.found[text] = question
 
 
 def digest(article):
@@ -242,7 +232,7 @@ def reverse(config):
                 out["reversed"].write({"messages": [says("user", answer["content"]), says("assistant", title)]})
     print(f"{out['reversed'].rows:,} of {len(rows):,} conversations have one question and one answer\n"
           f"next: python sft.py --data {config.out}/reversed.jsonl --out out/asker\n"
-          f"      python data/simple_wikipedia.py --ask out/asker")
+          f"      python -m data.simple_wikipedia --ask out/asker")
 
 
 def main(config):

@@ -1,7 +1,7 @@
 """One idea: a chat model's manners come from a mixture, and every row of it passed the same few filters.
 
-    python data/smoltalk.py                              fetches the subsets (parquet; 1.4 GB are Magpie Ultra's)
-    python data/smoltalk.py --source folder              files that you have, named as the subsets (smol-rewrite.jsonl)
+    python -m data.smoltalk                              fetches the subsets (parquet; 1.4 GB are Magpie Ultra's)
+    python -m data.smoltalk --source folder              files that you have, named as the subsets (smol-rewrite.jsonl)
     python sft.py --data out/smoltalk/mixture.jsonl --init gpt2
 
     everyday-conversations          whole
@@ -18,23 +18,20 @@ import contextlib
 import importlib.util
 import json
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
 from data.clean import at_most_turns, fits, in_category
-from data.download import hub_files
+from common.download import hub_files
 from data.files import read
-from data.report import Report, writing
+from data.report import Report
 from data.shapes import BadRow, finished, recognise
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import parse
+from common.disk import writing
+from common.errors import UserError
+from common.flags import parse
 
 LEFT_OUT = ("math", "coding", "coding & debugging")  # SmolTalk's names and those of the original Magpie Ultra
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import tiktoken
 
 from data.bpe import PATTERN, load_ranks
-from errors import UserError
+from common.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")

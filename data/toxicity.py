@@ -11,7 +11,7 @@ import json
 import re
 
 from data.shapes import as_number
-from errors import UserError
+from common.errors import UserError
 
 SCORES = ("severe_toxicity", "obscene", "threat", "insult", "identity_attack", "sexual_explicit")
 BATCH = 32  # texts in one forward pass of Detoxify

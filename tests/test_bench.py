@@ -8,7 +8,7 @@ import bench
 import dpo
 import ppo
 import sft
-from errors import UserError
+from common.errors import UserError
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from data import bpe
 from data import island_words as words
 from data.bpe import PATTERN, load_ranks, merge, save_ranks, train_bpe
 from data.island import Island
-from errors import UserError
+from common.errors import UserError
 
 
 def encoding(ranks):

@@ -14,8 +14,8 @@ import sft
 import trainer
 from data.island import Island, says
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import check, parse
+from common.errors import UserError
+from common.flags import check, parse
 from lora import add_lora, save_adapter
 from model import GPT, GPTConfig, generate
 from reward import RewardModel

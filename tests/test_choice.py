@@ -12,7 +12,7 @@ from choice import Question, context_of, encode_pair, evaluate, island_quiz, loa
 from data import island_words as words
 from data.island import Island
 from data.tokenizer import get_tokenizer
-from errors import UserError
+from common.errors import UserError
 from model import GPT, GPTConfig, text_stream, token_logps
 
 RUN = trainer.Run(torch.device("cpu"), torch.float32)

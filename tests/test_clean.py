@@ -8,7 +8,7 @@ import pytest
 from data import clean
 from data.readability import is_simple, readability
 from data.tokenizer import get_tokenizer
-from errors import UserError
+from common.errors import UserError
 
 
 def words(n):

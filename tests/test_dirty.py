@@ -13,7 +13,7 @@ from data.island import Island
 from data.readability import is_simple
 from data.report import Report
 from data.toxicity import by_words
-from errors import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["articles.jsonl", "test.jsonl", "train.jsonl", "validation.jsonl", "victims.json"]

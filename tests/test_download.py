@@ -1,4 +1,4 @@
-"""data/download.py against a server in a thread that behaves, or misbehaves as asked."""
+"""common/download.py against a server in a thread that behaves, or misbehaves as asked."""
 import errno
 import hashlib
 import http.server
@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from data import download
-from errors import UserError
+from common import download
+from common.errors import UserError
 
 BODY = bytes(range(256)) * 2000  # 512,000 bytes, no two pieces of it alike at the same place
 SHA = hashlib.sha256(BODY).hexdigest()

@@ -11,8 +11,8 @@ import lora
 import trainer
 from data.island import Island, says
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import check, parse
+from common.errors import UserError
+from common.flags import check, parse
 from model import GPT, GPTConfig
 
 TOK = get_tokenizer("tiny")

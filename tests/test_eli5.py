@@ -11,13 +11,14 @@ import dpo
 import ppo
 import reward
 import sft
-from data import dirty, download, eli5, files, report
+from data import dirty, eli5, files
+from common import disk, download
 from data.island import Island
 from data.pairs import make_pairs
 from data.shapes import BadRow
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import check
+from common.errors import UserError
+from common.flags import check
 from model import GPT, GPTConfig
 
 OFFLINE = {"toxicity": "words", "leak_model": "tfidf"}  # the dump's counts hold for these two
@@ -264,13 +265,13 @@ class FullDisk:
 
 
 def test_a_full_disk_leaves_what_is_finished(tmp_path, dump, monkeypatch):
-    opened = report.Writer.__init__
+    opened = disk.Writer.__init__
 
     def init(self, path):
         opened(self, path)
         self.file = FullDisk(self.file, 5) if path.stem == "sft_train" else self.file
 
-    monkeypatch.setattr(report.Writer, "__init__", init)
+    monkeypatch.setattr(disk.Writer, "__init__", init)
     with pytest.raises(UserError) as error:
         run(dump, tmp_path)
     assert "sft_train.jsonl could not be written (No space left on device)" in one_sentence(error)

@@ -13,13 +13,13 @@ import exam
 import reward
 import sft
 import story
-import tables
+from common import tables
 import trainer
 from data.island import Island
 from data.readability import readability
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import parse
+from common.errors import UserError
+from common.flags import parse
 from model import GPT, GPTConfig
 
 TOK = get_tokenizer("tiny")
@@ -72,7 +72,7 @@ def test_tables_align_words_left_and_numbers_right():
     ((0.5, 0.4, 0.62), "share", "50% ±11"), ((8.0, 7.5, 8.1), "number", "8.00 ±0.30"), (None, "share", "-"),
     ((0.25, 0.2, 0.3), "fine", "0.2500 ±0.0500")])
 def test_a_cell_is_the_mean_and_half_its_interval(found, form, text):
-    assert exam.cell(found, form) == text
+    assert tables.cell(found, form) == text
 
 
 # ---- the island ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data import files
-from errors import UserError
+from common.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

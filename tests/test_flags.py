@@ -3,8 +3,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-import flags
-from errors import UserError
+from common import flags
+from common.errors import UserError
 
 
 @dataclass

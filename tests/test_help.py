@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from flags import parse
+from common.flags import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 WITH_CONFIG = ["model", "sft", "reward", "dpo", "ppo", "lora", "chat", "evaluate", "unknowns", "judge", "data.eli5",
                "data.simple_wikipedia", "data.smoltalk", "data.oasst", "data.identity"]
-WITH_ARGPARSE = ["bench", "quant", "data.island", "data.files", "data.clean", "data.leakage", "data.download"]
+WITH_ARGPARSE = ["bench", "quant", "data.island", "data.files", "data.clean", "data.leakage", "common.download"]
 
 
 @pytest.mark.parametrize("name", WITH_CONFIG)
@@ -19,7 +19,7 @@ def test_help_explains_every_flag(name, capsys):
     with pytest.raises(SystemExit) as end:
         parse(importlib.import_module(name).Config, argv=["--help"])
     printed = capsys.readouterr().out
-    assert end.value.code == 0 and f"{name.split('.')[-1]}.py" in printed
+    assert end.value.code == 0 and (f"python -m {name}" if "." in name else f"{name}.py") in printed
     flags = [line for line in printed.splitlines() if line.startswith("  --")]
     assert "usage" in printed and (flags or name == "judge")
 

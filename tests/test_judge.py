@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import judge
-import metrics
 import trainer
 from data.island import Island
 from data.tokenizer import get_tokenizer
-from errors import UserError
+from common.errors import UserError
+from common.tables import interval
 from judge import (comparison_prompt, duel, duel_summary, each_turn, load_judge, parse_rating, parse_verdict, rate,
                    rating_prompt, read_prompt)
 from model import GPT, GPTConfig
@@ -244,7 +244,7 @@ def test_ratings_are_aligned_and_nonsense_is_left_out(tmp_path):
     answers, said = ["one", "", "three", "seventeen letters"], []
     ratings, summary = rate(by_length, items(*answers), tmp_path / "x.jsonl", said.append)
     assert ratings == [3, None, 5, 10]
-    assert summary["overall"] == summary["first"] == metrics.interval([3, 5, 10]) and summary["overall"][0] == 6
+    assert summary["overall"] == summary["first"] == interval([3, 5, 10]) and summary["overall"][0] == 6
     assert (summary["rated"], summary["dropped"], summary["second"]) == (3, 1, None)
     assert said == ["1 of 4 judgments hold no mark and are left out; the first begins: 'Rating: [[0]]'"]
 

@@ -10,7 +10,7 @@ import torch
 
 from data import leakage
 from data.leakage import leaks, remove_leaks, take, tfidf, vectors
-from errors import UserError
+from common.errors import UserError
 
 
 def texts(n, seed, vocabulary=40):

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import lora
-from errors import UserError
-from flags import parse
+from common.errors import UserError
+from common.flags import parse
 from lora import LoRALinear, TrainedTokens, add_lora, lora_off, merge_lora
 from model import GPT, GPTConfig, TiedEmbedding, generate, token_logps
 from quant import NF4Linear, dequantize_nf4, quantize_model

@@ -10,8 +10,9 @@ import torch
 
 import trainer
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from metrics import bert_score, embedding_f1, interval, lcs_positions, lcs_table, rouge, sign_test, token_vectors
+from common.errors import UserError
+from common.tables import interval, sign_test
+from metrics import bert_score, embedding_f1, lcs_positions, lcs_table, rouge, token_vectors
 from model import GPT, GPTConfig
 
 RUN = trainer.Run(torch.device("cpu"), torch.float32)

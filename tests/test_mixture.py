@@ -9,7 +9,7 @@ import pytest
 
 from data import files, identity, oasst, smoltalk
 from data.tokenizer import get_tokenizer
-from errors import UserError
+from common.errors import UserError
 
 TOK = get_tokenizer("tiny")
 REAL_TREES = Path(__file__).resolve().parents[2] / "shared" / "data" / "oasst_en_100_tree.jsonl"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import model as base
-from errors import UserError
+from common.errors import UserError
 from model import GPT, GPTConfig, generate, sample, stream, token_logps
 
 

@@ -9,8 +9,8 @@ import torch
 import ppo
 import trainer
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import check
+from common.errors import UserError
+from common.flags import check
 from model import GPT, GPTConfig
 
 RUN = trainer.Run(torch.device("cpu"), torch.float32)

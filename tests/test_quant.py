@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import quant
-from errors import UserError
+from common.errors import UserError
 from quant import CODEBOOK, MIDPOINTS, NF4Linear, dequantize_nf4, quantize_model, quantize_nf4
 
 SHAPES = [(1,), (2,), (63,), (64,), (65,), (3, 5), (1, 64), (7, 129), (2, 3, 4, 5), (64, 100),

@@ -5,9 +5,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from data import remote
-from data.remote import complete
-from errors import UserError
+from common import remote
+from common.remote import complete
+from common.errors import UserError
 
 ASK = [{"role": "user", "content": "Who are you?"}]
 

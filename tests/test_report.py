@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from data import report as report_module
-from data.report import SHOWN, Report, whole_rows, writing
-from errors import UserError
+from data.report import SHOWN, Report
+from common.disk import whole_rows, writing
+from common.errors import UserError
 
 
 def rows_in(path):
@@ -176,4 +176,4 @@ def test_half_of_a_surrogate_pair_stops_nobody(tmp_path):
     with writing(tmp_path, ["a"]) as out:
         out["a"].write({"text": "\ud83d!"})
     assert rows_in(tmp_path / "a.jsonl") == [{"text": "?!"}]
-    report_module.Report().save(tmp_path / "r.json")
+    Report().save(tmp_path / "r.json")

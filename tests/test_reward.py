@@ -13,8 +13,9 @@ from data.island import Island
 from data.island_words import FLATTERY
 from data.pairs import make_pairs
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import check
+from common import plots
+from common.errors import UserError
+from common.flags import check
 from model import GPT, GPTConfig
 from reward import RewardModel, bradley_terry_loss, pairwise_loss, ranking_loss
 
@@ -404,7 +405,7 @@ def test_resume_equals_the_uninterrupted_run(start_folder, tmp_path, monkeypatch
 
 
 def test_a_weak_model_says_so_and_a_picture_is_drawn_or_asked_for(start_folder, tmp_path, capsys):
-    if reward.importlib.util.find_spec("matplotlib"):
+    if plots.available():
         train(start_folder, tmp_path, steps=1, plot=str(tmp_path / "my.png"))
         assert (tmp_path / "my.png").read_bytes().startswith(b"\x89PNG")
     else:

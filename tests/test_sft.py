@@ -14,8 +14,8 @@ import sft
 import trainer
 from data.island import Island
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import check, parse
+from common.errors import UserError
+from common.flags import check, parse
 from model import GPT, GPTConfig, token_logps
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,12 +7,14 @@ import re
 import pytest
 
 import sft
-from data import dirty, download, files, remote, report
+from data import dirty, files
+from common import remote
+from common import disk, download
 from data import simple_wikipedia as wiki
 from data.island import Island
 from data.shapes import says
 from data.tokenizer import get_tokenizer
-from errors import UserError
+from common.errors import UserError
 from model import GPT, GPTConfig
 
 SPLITS = ("train", "validation", "test")
@@ -227,13 +229,13 @@ def test_a_file_that_is_cut_short_keeps_the_articles_before(dump, tmp_path):
 
 def test_a_full_disk_leaves_what_is_finished(dump, tmp_path, monkeypatch):
     def write(self, row):
-        with report.on_disk(self.path):
+        with disk.on_disk(self.path):
             if self.path.stem == "sft_train" and self.rows == 3:
                 raise OSError(errno.ENOSPC, "No space left on device")
         written(self, row)
 
-    written = report.Writer.write
-    monkeypatch.setattr(report.Writer, "write", write)
+    written = disk.Writer.write
+    monkeypatch.setattr(disk.Writer, "write", write)
     with pytest.raises(UserError, match="sft_train.jsonl could not be written .No space left on device") as error:
         run(dump / "articles.jsonl", tmp_path)
     assert "\n" not in str(error.value)

@@ -7,7 +7,7 @@ import tiktoken
 
 from data import tokenizer as t
 from data.tokenizer import get_tokenizer
-from errors import UserError
+from common.errors import UserError
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who are you?"},
         {"role": "assistant", "content": "I am Pip."}, {"role": "user", "content": "Old?"},

@@ -6,7 +6,7 @@ import pytest
 
 from data import toxicity
 from data.toxicity import SCORES, WORDS, is_clean, load_toxicity, toxicity_of
-from errors import UserError
+from common.errors import UserError
 
 
 @pytest.mark.parametrize("name", SCORES)

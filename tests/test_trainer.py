@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import trainer
-from errors import UserError
-from flags import TrainConfig
+from common.disk import replacing
+from common.errors import UserError
+from common.flags import TrainConfig
 
 RUN = trainer.Run(torch.device("cpu"), torch.float32)
 
@@ -83,11 +84,11 @@ def test_update_clips_checks_and_steps():
 def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(RuntimeError), trainer.replacing(path) as temporary:
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
         temporary.write_text("half of the n")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(UserError, match="could not be written"), trainer.replacing(path) as temporary:
+    with pytest.raises(UserError, match="could not be written"), replacing(path) as temporary:
         raise OSError(28, "No space left on device")
 
 

@@ -9,8 +9,8 @@ from data import files
 from data.island import Island
 from data.island_words import UNKNOWN
 from data.tokenizer import get_tokenizer
-from errors import UserError
-from flags import parse
+from common.errors import UserError
+from common.flags import parse
 from model import GPT, GPTConfig
 from trainer import Run
 

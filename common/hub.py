@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from errors import UserError
+from common.errors import UserError
 
 PUBLIC = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 

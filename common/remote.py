@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 
-from errors import UserError
+from common.errors import UserError
 
 KEY = "OPENAI_API_KEY"  # the environment variable that other clients read too
 LONGEST_WAIT = 60  # seconds, whatever a server asks for

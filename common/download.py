@@ -1,8 +1,8 @@
 """One idea: a file is fetched once, whole and undamaged, however often the connection is cut.
 
-    python data/download.py HuggingFaceTB/smoltalk                                what the Hugging Face hub has of it
-    python data/download.py HuggingFaceTB/smoltalk "data/smol-rewrite/train-*"    fetches these files
-    python data/download.py https://example.org/rows.jsonl --sha256 9f86d0...     from anywhere
+    python -m common.download HuggingFaceTB/smoltalk                                what the Hugging Face hub has of it
+    python -m common.download HuggingFaceTB/smoltalk "data/smol-rewrite/train-*"    fetches these files
+    python -m common.download https://example.org/rows.jsonl --sha256 9f86d0...     from anywhere
 
 prints where each file lies: below ~/.cache/nanoalign, or wherever NANOALIGN_CACHE says. HF_ENDPOINT names a mirror of
 the hub. What has been fetched stays in a .part file beside it, and the next run asks the server for the rest only (HTTP
@@ -10,26 +10,22 @@ Range). The hub tells the size of every file and the SHA-256 of every large one,
 name only when they are right.
 """
 import argparse
-import contextlib
 import fnmatch
 import hashlib
 import http.client
 import json
 import os
 import re
-import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
-if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from tqdm import tqdm
 
-from errors import UserError, end_politely
+from common.disk import on_disk
+from common.errors import UserError, end_politely
 
 WAITS = (1, 2, 4)  # seconds before the next try; as soon as a try gets further than the one before, it begins anew
 PATIENCE = 30  # seconds without a byte
@@ -198,14 +194,10 @@ def megabytes(count):
     return f"{count / 1e6:,.1f} MB"
 
 
-@contextlib.contextmanager
 def storing(path):
-    """Turns the disk's refusals into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror or error}{kept(path)}): free some space or name "
-                        "another folder in NANOALIGN_CACHE, and run the same command again") from None
+    """on_disk, for a file in the cache."""
+    return on_disk(path, "free some space or name another folder in NANOALIGN_CACHE, and run the same command again",
+                   lambda: kept(path))
 
 
 # ---- the Hugging Face hub --------------------------------------------------------------------------------------------
@@ -249,7 +241,7 @@ def hub_file(dataset, name, cache=None, say=print):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Fetches a file into the cache and prints where it lies.")
+    parser = argparse.ArgumentParser("python -m common.download", description="Fetches a file into the cache and prints where it lies.")
     parser.add_argument("source", help="an address (https://...) or the name of a data set on the Hugging Face hub")
     parser.add_argument("files", nargs="?", help="which of the data set's files, as in data/train-*; none: list them")
     parser.add_argument("--sha256", help="what the file must have, for an address")

@@ -15,7 +15,7 @@ import sys
 import typing
 from dataclasses import dataclass
 
-from errors import UserError, end_politely
+from common.errors import UserError, end_politely
 
 
 @dataclass
@@ -80,8 +80,8 @@ def parse(Config, recipes=None, argv=None):
     if argv is None:
         end_politely()
     main = sys.modules.get("__main__")
-    parser = _Parser(description=inspect.getdoc(sys.modules[Config.__module__]) or inspect.getdoc(main), allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(program(Config.__module__), description=inspect.getdoc(sys.modules[Config.__module__]) or inspect.getdoc(main),
+                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = _comments(Config)
     for field in dataclasses.fields(Config):
         flag, shown = "--" + field.name.replace("_", "-"), "" if field.default == "" else f" (default {field.default})"
@@ -100,6 +100,13 @@ def parse(Config, recipes=None, argv=None):
     values = vars(parser.parse_intermixed_args(argv))  # words may stand between flags
     values.pop("recipe", None)
     return check(Config(**values))
+
+
+def program(module):
+    """How a module is started, for --help: sft.py, or python -m data.eli5 where it lies in a folder."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # with -m, __main__ still knows its name
+    name = spec.name if module == "__main__" and spec else module
+    return f"python -m {name}" if "." in name else None
 
 
 def check(config):
