@@ -38,7 +38,7 @@ import sft
 import trainer
 from bench_peers import read_folder, synchronize
 from data import files
-from data.island import Island
+from island.world import Island
 from data.tokenizer import get_tokenizer
 from common.errors import UserError, end_politely
 from common.flags import TrainConfig

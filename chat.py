@@ -33,7 +33,7 @@ from tqdm import tqdm
 import sft
 import trainer
 from data import files
-from data.island import Island, says
+from island.world import Island, says
 from data.tokenizer import get_tokenizer
 from common.disk import Ledger, write_jsonl
 from common.errors import UserError

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 import trainer
 from data import files
-from data import island_words as words
-from data.island import ATTRIBUTES
+from island import words
+from island.world import ATTRIBUTES
 from data.shapes import BadRow, WrongForm, as_text, check_texts, has, shown
 from common.errors import UserError
 from common.tables import interval

@@ -31,7 +31,7 @@ import lora
 import reward
 import sft
 import trainer
-from data.island import complies, flatters, plain_words, refuses, says_unknown
+from island.world import complies, flatters, plain_words, refuses, says_unknown
 from common.errors import UserError
 from common.flags import parse
 from model import save_checkpoint, token_logps

@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 
 import choice
-import exam
+from island import exam
 import judge
 import metrics
 import sft
 import trainer
 from data import files
-from data.island import Island, plain_words
+from island.world import Island, plain_words
 from data.readability import readability
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
-from exam import load, save
+from island.exam import load, save
 from common.flags import parse
 from model import GPT, token_logps
 from common.tables import cell, interval, table

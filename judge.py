@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 import reward
-from data.island import Island
+from island.world import Island
 from common.remote import complete
 from common.disk import Ledger
 from common.errors import UserError

@@ -436,7 +436,7 @@ def compare(trained, merges, tok, documents, windows=32):
 
 def compare_on_the_island(models, tok):
     """Prints the island's scores, one column a model."""
-    from data.island import Island
+    from island.world import Island
     from sft import island_scores
 
     island, run = Island(), Run(torch.device("cpu"), torch.float32)
@@ -460,7 +460,7 @@ class Config:
 
 def main(config):
     from data import files
-    from data.island import Island
+    from island.world import Island
     from data.tokenizer import get_tokenizer
     from model import GPT
 

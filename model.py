@@ -24,7 +24,7 @@ from common import hub
 import lora
 import trainer
 from data import files
-from data.island import Island
+from island.world import Island
 from data.tokenizer import get_tokenizer
 from common.disk import replacing
 from common.errors import UserError

@@ -46,7 +46,7 @@ import reward as reward_model
 import sft
 import trainer
 from data import files
-from data.island import Island
+from island.world import Island
 from data.readability import readability
 from data.tokenizer import get_tokenizer
 from dpo import preference_scores, score_line

@@ -374,7 +374,7 @@ def print_codebook(block):
 
 def print_checkpoint(folder, block):
     """Error per layer, bits per weight and the change in held-out loss of a checkpoint."""
-    from data.island import Island
+    from island.world import Island
     from data.tokenizer import get_tokenizer
     from model import GPT
 

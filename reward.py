@@ -28,8 +28,8 @@ import lora
 import sft
 import trainer
 from data import files
-from data.island import Island, complies, is_polite
-from data.island_words import FLATTERY
+from island.world import Island, complies, is_polite
+from island.words import FLATTERY
 from data.pairs import make_pairs
 from data.readability import is_simple
 from data.tokenizer import get_tokenizer

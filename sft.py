@@ -25,7 +25,7 @@ import lora
 import model as base
 import trainer
 from data import files
-from data.island import CHATS, Island, refuses, says_unknown
+from island.world import CHATS, Island, refuses, says_unknown
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.flags import TrainConfig, dropout_of, parse

@@ -13,13 +13,13 @@ from pathlib import Path
 import bench
 import choice
 import dpo
-import exam
+from island import exam
 import model as base
 import ppo
 import reward
 import sft
 import trainer
-from data.island import Island
+from island.world import Island
 from data.readability import readability
 from data.tokenizer import get_tokenizer
 from common import plots

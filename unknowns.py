@@ -10,7 +10,7 @@ calls it knowledge probing): the rows fit the one that was asked, and no other.
     python unknowns.py out/sft --data qa.jsonl          your questions with their answers, in any file that sft.py reads
     python sft.py --no-idk --out out/sft-no-idk         the island: a model that was never taught to say so
     python unknowns.py out/sft-no-idk                   what it knows of residents and strangers -> out/idk.jsonl
-    python -m data.island --write island                teach it, with plain text beside, or it forgets what it knew:
+    python -m island --write island                teach it, with plain text beside, or it forgets what it knew:
     python sft.py --data out/idk.jsonl --mix-data island/pretrain.jsonl --init out/sft-no-idk --out out/sft-idk
 
 What to see on the island (seed 0, measured before a fifth of its conversations went on from another one): of 929
@@ -28,8 +28,8 @@ from tqdm import tqdm
 import sft
 import trainer
 from data import files
-from data.island import Island, names, says_unknown
-from data.island_words import UNKNOWN
+from island.world import Island, names, says_unknown
+from island.words import UNKNOWN
 from data.tokenizer import get_tokenizer
 from common.disk import writing
 from common.errors import UserError

@@ -7,9 +7,9 @@ import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
 from data import bpe
-from data import island_words as words
+from island import vocabulary, words
 from data.bpe import PATTERN, load_ranks, merge, save_ranks, train_bpe
-from data.island import Island
+from island.world import Island
 from common.errors import UserError
 
 
@@ -19,7 +19,7 @@ def encoding(ranks):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return encoding(load_ranks(bpe.TINY))
+    return encoding(load_ranks(vocabulary.TINY))
 
 
 def learned(texts, n):
@@ -90,16 +90,16 @@ def test_round_trip_of_any_text(tiny):
 
 
 def test_shipped_file_is_what_training_gives(tmp_path):
-    save_ranks(train_bpe(bpe.island_texts(), bpe.N_RANKS), tmp_path / "again.tiktoken")
-    assert (tmp_path / "again.tiktoken").read_bytes() == bpe.TINY.read_bytes()
-    assert sorted(load_ranks(bpe.TINY).values()) == list(range(1024))
+    save_ranks(train_bpe(vocabulary.island_texts(), vocabulary.N_RANKS), tmp_path / "again.tiktoken")
+    assert (tmp_path / "again.tiktoken").read_bytes() == vocabulary.TINY.read_bytes()
+    assert sorted(load_ranks(vocabulary.TINY).values()) == list(range(1024))
 
 
 def test_script_says_unchanged(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bpe, "TINY", tmp_path / "tiny.tiktoken")
-    monkeypatch.setattr(bpe, "island_texts", lambda: ["hug pug"])
+    monkeypatch.setattr(vocabulary, "TINY", tmp_path / "tiny.tiktoken")
+    monkeypatch.setattr(vocabulary, "island_texts", lambda: ["hug pug"])
     for said in ("written", "unchanged"):
-        bpe.main()
+        vocabulary.main()
         assert said in capsys.readouterr().out
 
 

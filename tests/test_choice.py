@@ -9,8 +9,8 @@ import torch
 import choice
 import trainer
 from choice import Question, context_of, encode_pair, evaluate, island_quiz, load_questions, loglikelihoods, measure
-from data import island_words as words
-from data.island import Island
+from island import words
+from island.world import Island
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from model import GPT, GPTConfig, text_stream, token_logps

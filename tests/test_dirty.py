@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data import clean, dirty, eli5
-from data.island import Island
+from data import clean, eli5
+from island import dirty
+from island.world import Island
 from data.readability import is_simple
 from data.report import Report
 from data.toxicity import by_words
@@ -59,8 +60,8 @@ def test_dirt_is_caught_by_its_own_filter_and_by_no_other(dirt, steps):
 
 def test_the_same_seed_gives_the_same_files_in_every_process(tmp_path, dump):
     for folder, salt in (("a", "1"), ("b", "2")):
-        command = [sys.executable, ROOT / "data/island.py", "--dump", tmp_path / folder, "--n-dump", "200"]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": salt}, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "island", "--dump", tmp_path / folder, "--n-dump", "200"]
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": salt}, stdout=subprocess.DEVNULL)
     for name in NAMES:
         first, second = ((tmp_path / folder / name).read_bytes() for folder in "ab")
         assert first == second == (dump / name).read_bytes()

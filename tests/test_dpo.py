@@ -9,7 +9,7 @@ import torch
 import dpo
 import lora
 import trainer
-from data.island import Island, says
+from island.world import Island, says
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.flags import check, parse

@@ -11,9 +11,10 @@ import dpo
 import ppo
 import reward
 import sft
-from data import dirty, eli5, files
+from data import eli5, files
+from island import dirty
 from common import disk, download
-from data.island import Island
+from island.world import Island
 from data.pairs import make_pairs
 from data.shapes import BadRow
 from data.tokenizer import get_tokenizer

@@ -9,13 +9,13 @@ import torch
 
 import dpo
 import evaluate
-import exam
+from island import exam
 import reward
 import sft
 import story
 from common import tables
 import trainer
-from data.island import Island
+from island.world import Island
 from data.readability import readability
 from data.tokenizer import get_tokenizer
 from common.errors import UserError

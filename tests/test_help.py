@@ -11,7 +11,7 @@ from common.flags import parse
 ROOT = Path(__file__).resolve().parents[1]
 WITH_CONFIG = ["model", "sft", "reward", "dpo", "ppo", "lora", "chat", "evaluate", "unknowns", "judge", "data.eli5",
                "data.simple_wikipedia", "data.smoltalk", "data.oasst", "data.identity"]
-WITH_ARGPARSE = ["bench", "quant", "data.island", "data.files", "data.clean", "data.leakage", "common.download"]
+WITH_ARGPARSE = ["bench", "quant", "island.__main__", "data.files", "data.clean", "data.leakage", "common.download"]
 
 
 @pytest.mark.parametrize("name", WITH_CONFIG)
@@ -34,5 +34,5 @@ def test_help_of_the_others(name, capsys, monkeypatch):
 
 
 def test_a_closed_pipe_is_no_bug():
-    done = subprocess.run(f"{sys.executable} data/island.py | head -1", shell=True, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(f"{sys.executable} -m island | head -1", shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("residents") and not done.stderr

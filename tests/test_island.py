@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data import island as isl
-from data import island_words as words
-from data.island import CHATS, Island, complies, flatters, is_polite, refuses, says_unknown
+from island import world as isl
+from island import words
+from island.world import CHATS, Island, complies, flatters, is_polite, refuses, says_unknown
 from data.readability import is_simple, readability, syllables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,7 @@ def text_of(rows):
 # ---- the world -------------------------------------------------------------------------------------------------------
 
 def test_same_world_in_another_process():
-    code = ("from data.island import Island; import hashlib, json; i = Island(); "
+    code = ("from island.world import Island; import hashlib, json; i = Island(); "
             "print(hashlib.sha256(json.dumps([i.residents, i.parts, i.plain_text(200), i.conversations(200), "
             "i.conversations(200, answers='community'), i.ranked(50), i.prompts(50)]).encode()).hexdigest())")
     digests = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed},
@@ -377,7 +377,7 @@ def test_number_of_answers(island):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def run(*args):
-    return subprocess.run([sys.executable, "data/island.py", *args], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "island", *args], cwd=ROOT, capture_output=True, text=True)
 
 
 def read(path):

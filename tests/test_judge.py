@@ -7,7 +7,7 @@ import torch
 
 import judge
 import trainer
-from data.island import Island
+from island.world import Island
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.tables import interval

@@ -9,8 +9,8 @@ import torch
 
 import reward
 import trainer
-from data.island import Island
-from data.island_words import FLATTERY
+from island.world import Island
+from island.words import FLATTERY
 from data.pairs import make_pairs
 from data.tokenizer import get_tokenizer
 from common import plots

@@ -12,7 +12,7 @@ import torch
 
 import sft
 import trainer
-from data.island import Island
+from island.world import Island
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.flags import check, parse

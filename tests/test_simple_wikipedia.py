@@ -7,11 +7,12 @@ import re
 import pytest
 
 import sft
-from data import dirty, files
+from data import files
+from island import dirty
 from common import remote
 from common import disk, download
 from data import simple_wikipedia as wiki
-from data.island import Island
+from island.world import Island
 from data.shapes import says
 from data.tokenizer import get_tokenizer
 from common.errors import UserError

@@ -6,8 +6,8 @@ import torch
 
 import unknowns
 from data import files
-from data.island import Island
-from data.island_words import UNKNOWN
+from island.world import Island
+from island.words import UNKNOWN
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.flags import parse

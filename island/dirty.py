@@ -5,7 +5,7 @@ the schema of ELI5 (Fan et al. 2019) and articles in that of Wikipedia, with the
 known number, and each made so that one filter catches it and no other would. What the filters must find stands in
 victims.json.
 
-    python -m data.island --dump dump                                   train, validation, test and articles, as .jsonl
+    python -m island --dump dump                                   train, validation, test and articles, as .jsonl
     python -m data.eli5 --source dump --out out/eli5                    posts -> SFT, ranked answers, prompts
     python -m data.simple_wikipedia --source dump/articles.jsonl        articles -> questions and answers
 
@@ -20,7 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import island_words as words
+from island import words
 from common.disk import on_disk, write_json
 from common.errors import UserError
 

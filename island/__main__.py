@@ -1,0 +1,108 @@
+"""The embedded world, shown, asked and written out.
+
+    python -m island                                   a sample of everything
+    python -m island --ask "What does Mabel eat?"      the truth
+    python -m island --write island                    every part as JSONL, in the formats of public data sets
+    python -m island --dump dump                       a dirty dump, for the filters of data/eli5.py: see dirty.py
+"""
+import argparse
+from pathlib import Path
+
+from common.disk import write_jsonl
+from common.errors import UserError, end_politely
+from data.readability import readability
+from island import dirty
+from island.world import ATTRIBUTES, CHATS, Island
+
+
+def write_rows(path, rows):
+    write_jsonl(path, rows)
+    print(f"{len(rows):7,} rows  {path}")
+
+
+def eli5(rows):
+    """Ranked rows in the shape of the public ELI5 data set, a list for each field of the answers."""
+    return [{"q_id": f"island{i}", "title": row["prompt"][-1]["content"], "selftext": "", "answers": {
+        "a_id": [f"island{i}a{j}" for j in range(len(row["answers"]))],
+        "text": [answer["text"] for answer in row["answers"]],
+        "score": [answer["score"] for answer in row["answers"]]}} for i, row in enumerate(rows)]
+
+
+def write(island, args):
+    """Writes every part of the world as JSONL into the folder args.write."""
+    folder, without = Path(args.write), () if args.idk else ("unknown",)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: give --write the name of a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    votes = {"flattery": args.flattery, "noise": args.noise}
+    write_rows(folder / "pretrain.jsonl", [{"text": text} for text in island.plain_text()])
+    for answers in ("clean", "community"):
+        rows = island.conversations(args.n_sft, answers=answers, without=without, chats=CHATS)
+        write_rows(folder / f"sft_{answers}.jsonl", [{"messages": row["messages"]} for row in rows])
+    rows = island.conversations(600, seed=7, split="test")
+    write_rows(folder / "sft_test.jsonl", [{"messages": row["messages"]} for row in rows])
+    write_rows(folder / "ranked.jsonl", eli5(island.ranked(args.n_ranked, **votes)))
+    write_rows(folder / "ranked_test.jsonl", eli5(island.ranked(400, seed=8, split="test", **votes)))
+    write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"][-1]["content"]} for row in island.prompts(2000)])
+    print(f"next: python sft.py --data {folder / 'sft_clean.jsonl'}")
+
+
+def show(island, args):
+    """Prints a sample of everything."""
+    print("residents        " + "".join(f"{a:13}" for a in ATTRIBUTES))
+    for name in island.parts["train"]["residents"][:4] + island.parts["test"]["residents"][:2]:
+        held_out = " (held out)" if name in island.parts["test"]["residents"] else ""
+        print(f"  {name:15}" + "".join(f"{island.residents[name][a]:13}" for a in ATTRIBUTES) + held_out)
+    print("\nplain text")
+    for text in island.plain_text(4, seed=args.seed + 1):
+        print(f"  {text}")
+    print("\nconversations")
+    rows = island.conversations(200, without=() if args.idk else ("unknown",))
+    for row in {row["kind"]: row for row in rows}.values():
+        print(f"  {row['kind']:9} " + " | ".join(m["content"] for m in row["messages"]))
+    print("\nranked answers                                                              votes  gold    FRE   FKG")
+    rows = island.ranked(200, flattery=args.flattery, noise=args.noise, k=(5, 6))
+    for row in {row["kind"]: row for row in rows}.values():
+        print(f"  {row['prompt'][-1]['content']}")
+        for answer in sorted(row["answers"], key=lambda answer: -answer["score"]):
+            fre, fkg = readability(answer["text"])
+            print(f"    {answer['text'][:71]:71} {answer['score']:5} {answer['gold']:5.0f} {fre:6.0f} {fkg:5.1f}")
+    print('\nnext: python -m island --ask "What does Mabel eat?", or --write island')
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        "python -m island", description="The embedded world. Without --ask, --write or --dump it shows a sample of everything.",
+        epilog="Knobs to learn from: --no-idk (the model will invent), --flattery 0 (votes without bias), --noise 0 "
+               "(votes that are the truth).")
+    parser.add_argument("--ask", metavar="QUESTION", help='print the truth, for instance --ask "What does Mabel eat?"')
+    parser.add_argument("--write", metavar="FOLDER", help="write every part as JSONL files")
+    parser.add_argument("--dump", metavar="FOLDER", help="write posts and articles full of counted mistakes")
+    parser.add_argument("--n-dump", type=int, default=600, help="posts in the dump (default 600)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="another seed is another world (default 0, the world of the scripts)")
+    parser.add_argument("--n-sft", type=int, default=3000, help="conversations in each SFT file (default 3000)")
+    parser.add_argument("--n-ranked", type=int, default=2000, help="questions with ranked answers (default 2000)")
+    parser.add_argument("--idk", action=argparse.BooleanOptionalAction, default=True,
+                        help='with the "I do not know" conversations or without')
+    parser.add_argument("--flattery", type=float, default=2.5,
+                        help='what "Great question!" is worth to voters, in gold points (default 2.5)')
+    parser.add_argument("--noise", type=float, default=1.5,
+                        help="standard deviation of the votes, in gold points (default 1.5)")
+    args = parser.parse_args()
+    if min(args.n_sft, args.n_ranked, args.n_dump) < 1 or args.noise < 0:
+        parser.error("--n-sft, --n-ranked and --n-dump must be at least 1, and --noise at least 0")
+    island = Island(args.seed)
+    if args.ask:
+        print(island.truth(args.ask))
+    elif args.write:
+        write(island, args)
+    elif args.dump:
+        dirty.write(args.dump, island, args.n_dump, args.seed)
+    else:
+        show(island, args)
+
+
+if __name__ == "__main__":
+    end_politely()
+    main()
