@@ -30,16 +30,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import sft
 import trainer
+from checkpoints import load, refuse_reward_model
 from data import files
 from island.world import Island, says
 from data.tokenizer import get_tokenizer
 from common.disk import Ledger, write_jsonl
 from common.errors import UserError
 from common.flags import parse
-from model import GPT, generate, stream, text_stream
-from reward import load_rewards, refuse_reward_model
+from generate import fit_question, generate, stream
+from reward import load_rewards
 
 STAGES = ("out/ppo", "out/dpo", "out/sft")
 REWARD = "out/reward"
@@ -61,7 +61,7 @@ class Speaker:
 
     def __init__(self, folder, config, run):
         self.folder, self.config, self.run = str(Path(folder)), config, run
-        self.model = GPT.from_pretrained(folder).to(run.device).eval()
+        self.model = load(folder).to(run.device).eval()
         refuse_reward_model(folder)
         self.tok = get_tokenizer(config.tokenizer or folder, config.template or None)
         if self.tok.vocab_size - len(self.tok.new_ids) > self.model.config.vocab_size:
@@ -87,9 +87,9 @@ class Speaker:
         """Messages that end with a question -> those the context has room for, their ids, how many ids were cut off."""
         size = self.model.config.block_size
         if self.chats:
-            kept, ids = sft.fit_question(messages, self.tok, size, self.config.max_new_tokens)
+            kept, ids = fit_question(messages, self.tok, size, self.config.max_new_tokens)
             return kept, ids, len(self.tok.render_prompt(kept)) - len(ids)
-        ids = text_stream([messages[-1]["content"]], self.tok).tolist()
+        ids = self.tok.document(messages[-1]["content"])
         return messages[-1:], ids[-(size // 2):], max(0, len(ids) - size // 2)
 
     def reply(self, messages, seed, show, interruptible):

@@ -28,13 +28,17 @@ import torch
 import torch.nn.functional as F
 
 import lora
-import reward
 import sft
 import trainer
-from island.world import complies, flatters, plain_words, refuses, says_unknown
+from checkpoints import load_init, save_checkpoint
 from common.errors import UserError
 from common.flags import parse
-from model import save_checkpoint, token_logps
+from data.pairs import RankedConfig, answered, choose_pairs, load_ranked
+from generate import sample_text
+from island import exam
+from island.world import Island
+from model import token_logps
+from pretrain import load_mix, mix_step
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
@@ -102,17 +106,17 @@ class Answer:
 
 
 def make_examples(rows, tok, longest, config, say=print):
-    """Ranked rows -> [(chosen, rejected), ...], two Answers each; says which answers were left out (reward.compare)."""
+    """Ranked rows -> [(chosen, rejected), ...], two Answers each; says which answers were left out (pairs.choose_pairs)."""
     examples = []
-    for prompt, answers, pairs in reward.compare(rows, tok, longest, config, say):
-        made = {k: make_answer(prompt, answers[k], tok) for pair in pairs for k in pair}
+    for prompt, answers, pairs in choose_pairs(rows, tok, longest, config, say):
+        made = {k: make_answer(prompt, answers[k]["text"], tok) for pair in pairs for k in pair}
         examples += [(made[chosen], made[rejected]) for chosen, rejected in pairs]
     return examples
 
 
-def make_answer(prompt, answer, tok):
+def make_answer(prompt, text, tok):
     """Earlier answers in the prompt are context: only the last one was preferred, so only that one is masked in."""
-    start, ids = len(tok.render_prompt(prompt)), tok.render(reward.answered({"prompt": prompt}, answer))[0]
+    start, ids = len(tok.render_prompt(prompt)), tok.render(answered(prompt, text))[0]
     return Answer(ids, [0] * start + [1] * (len(ids) - start))
 
 
@@ -179,61 +183,10 @@ def evaluate(model, pairs, run, config):
     return dict(zip(TOTALS, [mean.item() for mean in means]))
 
 
-SCORES = {  # what preference_scores measures, in words
-    "reward": "reward, as it was trained on",
-    "gold": "gold judge, 1 to 10",
-    "helpful": "residents: right",
-    "false_idk": 'residents: says "I do not know"',
-    "honest": 'strangers: says "I do not know"',
-    "harmless": "unsafe requests: refuses",
-    "complies": "unsafe requests: goes along",
-    "flatters": "praises whoever asks",
-    "words": "words in an answer",
-}
-
-
-def answer_marks(rows, answers, island):
-    """{name in SCORES: [a number for each answer that it is about]}: rows as from Island.prompts, a text for each."""
-    def each(measure, *kinds):
-        return [float(measure(row["prompt"], a)) for row, a in zip(rows, answers, strict=True)
-                if not kinds or row["kind"] in kinds]
-
-    return {
-        "gold": each(island.gold),
-        "helpful": each(island.correct, "fact"),
-        "false_idk": each(lambda q, a: says_unknown(a), "fact"),
-        "honest": each(lambda q, a: says_unknown(a), "unknown"),
-        "harmless": each(lambda q, a: refuses(a), "unsafe"),
-        "complies": each(lambda q, a: complies(a), "unsafe"),
-        "flatters": each(lambda q, a: flatters(a)),
-        "words": each(lambda q, a: len(plain_words(a).split())),
-    }
-
-
-def preference_scores(model, tok, island, run, n=400, seed=5, scorer=None):
-    """{name in SCORES: mean} over answers, sampled at temperature 1, to n of the island's held-out questions.
-
-    They ask about residents, strangers and unsafe requests that no conversation has mentioned. With a scorer, as
-    reward.load_rewards gives one, "reward" is measured too.
-    """
-    rows = island.prompts(n, seed=seed, split="test")
-    answers = sft.ask(model, tok, [row["prompt"] for row in rows], run, temperature=1.0, seed=seed)
-    marks = answer_marks(rows, answers, island)
-    if scorer:
-        marks = {"reward": scorer([reward.answered(row, {"text": a}) for row, a in zip(rows, answers)])} | marks
-    return {name: sum(values) / max(1, len(values)) for name, values in marks.items()}
-
-
-def score_line(name, *values):
-    """One line of a table of preference_scores."""
-    form = ">8.2f" if name in ("reward", "gold", "words") else ">8.0%"
-    return f"   {SCORES[name]:<63}" + "".join(f"{value:{form}}" for value in values)
-
-
 # ---- training --------------------------------------------------------------------------------------------------------
 
 @dataclass
-class Config(reward.RankedConfig):
+class Config(RankedConfig):
     out: str = "out/dpo"  # folder for the checkpoint and log.jsonl
     loss: str = "sigmoid"  # sigmoid (DPO), ipo, hinge or robust
     beta: float = 0.3  # price of leaving the reference: the smaller, the further the policy goes
@@ -258,19 +211,19 @@ def default_lr(config, n_embd):
 def main(config):
     check_loss(config.beta, config.label_smoothing, config.loss)
     run = trainer.start(config)
-    train_rows, held_rows, island = reward.load_ranked(config, run.print)
-    model, tok = reward.load_start(config, run)
+    train_rows, held_rows, island = load_ranked(config, Island, run.print)
+    model, tok = load_init(config, run, sft, answers="community")
     longest = model.config.block_size + 1  # the last token is only a target
     train, held = (make_examples(rows, tok, longest, config, run.print) for rows in (train_rows, held_rows))
     if not config.reference_free:
         add_reference(model, train + held, run, config)  # before --resume puts trained weights into the model
-    before = preference_scores(model, tok, island, run) if island else None
-    text = sft.load_mix(config, tok, run.print)
+    before = exam.preferences(model, tok, island, run) if island else None
+    text = load_mix(config, tok, run.print)
     batches = trainer.Batches([pair_width(pair) for pair in train], config.batch_size, config.seed)
     steps = config.steps or math.ceil(config.epochs * len(batches)) or (150 if island else len(batches))
     config.lr = config.lr or default_lr(config, model.config.n_embd)
     some = held[::max(1, len(held) // 500)]
-    shown = [{"messages": reward.answered(row, row["answers"][0])} for row in held_rows]  # only the question is shown
+    shown = [{"messages": answered(row["prompt"], row["answers"][0]["text"])} for row in held_rows]  # only the question is shown
 
     optimizer = trainer.adamw(model, config)
     first = trainer.load_state(config, run, steps, model, optimizer)
@@ -283,14 +236,14 @@ def main(config):
             (loss * len(part) / len(pairs)).backward()  # the parts add up to the mean over the pairs of the whole step
             totals += sums.cpu()
         if text is not None:
-            sft.mix_step(model, text, step, config, run)
+            mix_step(model, text, step, config, run)
         means = {name: run.sum(total) / len(pairs) for name, total in zip(TOTALS, totals.tolist())}
         log.write(step, **means, **trainer.update(model, optimizer, config, run, step))
         if log.due(step, config.eval_every):
             means = evaluate(model, some, run, config)
             log.write(step, **{f"held_out_{name}": means[name] for name in ("loss", "accuracy")})
         if log.due(step, config.sample_every):
-            log.print(f"step {step + 1}:\n{sft.sample_text(model, tok, shown, run)}")
+            log.print(f"step {step + 1}:\n{sample_text(model, tok, shown, run)}")
         if log.due(step, config.save_every):
             save_checkpoint(config, run, step + 1, steps, model, tok, optimizer)
     trainer.finish(config, run, log, lambda: save_checkpoint(config, run, log.next, steps, model, tok, optimizer))
@@ -307,9 +260,9 @@ def report(model, tok, held, before, island, config, run):
         run.print(f"log p of the chosen answers has changed by {chosen:+.1f}, of the rejected ones by {rejected:+.1f}"
                   + (" per token" if config.loss == "ipo" else ""))
     if island:
-        run.print("\nanswers to what no conversation has mentioned, at temperature 1     before   after")
-        for name, after in preference_scores(model, tok, island, run).items():
-            run.print(score_line(name, before[name], after))
+        run.print("\nanswers to what no conversation has mentioned, at temperature 1\n" + " " * 49 + "   before    after")
+        for name, after in exam.preferences(model, tok, island, run).items():
+            run.print(exam.line(name, before[name], after))
         if config.flattery and config.aspect == "score":
             run.print("the voters like praise, whether the answer is right or not: so it comes too, and length with it")
     run.print(f"\nthe model is in {config.out}. Next:\n"

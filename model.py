@@ -1,34 +1,32 @@
-"""The GPT: a decoder-only transformer, exactly GPT-2 (Radford et al. 2019), and how it speaks.
+"""The GPT: a decoder-only transformer, exactly GPT-2 (Radford et al. 2019).
 
-    p(x_1 ... x_T) = prod_t p(x_t | x_<t),     trained by minimising  -mean_t log p(x_t | x_<t)
+    p(x_1 ... x_T) = prod_t p(x_t | x_<t),     one network gives all the factors of a text at once
 
-    python model.py                     pretrains the tiny base model on the island's plain text (out/base)
-    python model.py --data my.txt       the same on your own text
+    python model.py                     the tiny model: its parts, parameters, bytes and FLOPs a token
+    python model.py gpt2-xl             the same of GPT-2's sizes (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or of a folder
     model = GPT.from_pretrained("gpt2") the public weights; any folder of the GPT-2 family works
 
-Reads and writes Hugging Face folders: transformers gives the same logits on both sides (tests/parity).
+Reads and writes Hugging Face folders: transformers gives the same logits on both sides (tests/parity). How it is trained
+stands in pretrain.py and sft.py, how it speaks in generate.py. What those files use of a network is this, and nothing else:
+
+    config (block_size, vocab_size, n_layer, n_head, n_kv_head, head_size, n_embd), device
+    hidden(ids, cache), head(hidden), forward(ids), blocks
+    embedding, token_matrices      the matrix of token vectors; the names of all matrices with a row a token
+    linears(), replace(path, module), attention_paths       the blocks' linear layers, and whatever has taken their places
+    hf_names()                     what its parameters are called in Hugging Face's files
 """
-import itertools
-import json
 import math
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from common import hub
-import lora
-import trainer
-from data import files
-from island.world import Island
-from data.tokenizer import get_tokenizer
-from common.disk import replacing
-from common.errors import UserError
-from common.flags import TrainConfig, dropout_of, parse
+from common.errors import UserError, end_politely
+from common.tables import table
 
 
 @dataclass
@@ -43,6 +41,14 @@ class GPTConfig:
     bias: bool = True  # in linear layers and layer norms, as GPT-2 has them
     checkpointing: bool = False  # recompute activations in the backward pass: a third slower, far less memory
 
+    @property
+    def n_kv_head(self):
+        return self.n_head  # every head has keys and values of its own
+
+    @property
+    def head_size(self):
+        return self.n_embd // self.n_head
+
     def layer_dropout(self, layer):
         if isinstance(self.dropout, (int, float)):
             return float(self.dropout)
@@ -53,16 +59,17 @@ class GPTConfig:
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.n_head, self.attention_dropout = layer, config.n_head, config.attention_dropout
+        self.layer, self.n_head, self.head_size = layer, config.n_head, config.head_size
+        self.attention_dropout = config.attention_dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key and value in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head size)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head size)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head size)
+        q = q.view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, n_head, T, head size)
+        k = k.view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, n_head, T, head size)
+        v = v.view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, n_head, T, head size)
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)
@@ -96,24 +103,29 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
-class TiedEmbedding(nn.Embedding):
-    """One matrix (V, C) used twice, as GPT-2 has it: a row for every token read, a score for every token to come."""
+class TokenMatrix(nn.Embedding):
+    """A matrix (V, C) with a row a token: its vector where the token is read, and the direction of its logit where it is
+    predicted. GPT-2 has one for both."""
 
     def logits(self, hidden):
         return F.linear(hidden, self.weight)  # (..., C) -> (..., V)
 
 
 class GPT(nn.Module):
+    token_matrices = ("embedding",)
+
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.config = config
-        self.wte = TiedEmbedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.embedding = TokenMatrix(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.layer_dropout(0))
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.linear_paths = linear_paths(self)
+        self.attention_paths = [path for path in self.linear_paths if ".attn." in path]
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 # each layer adds two branches to the residual stream: without the scale its variance grows with depth
@@ -124,114 +136,129 @@ class GPT(nn.Module):
 
     @property
     def device(self):
-        return self.wpe.weight.device
+        return self.position_embedding.weight.device
 
     def hidden(self, ids, cache=None):
         """ids (B, T) -> the final norm's output (B, T, C). With a cache, ids continue what the cache holds."""
         if ids.size(1) > self.config.block_size:
             raise ValueError(f"{ids.size(1)} tokens do not fit a context of {self.config.block_size}")
         positions = torch.arange(ids.size(1), device=ids.device) if cache is None else cache.positions(ids.size(1))
-        x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
-        for block in self.h:
+        x = self.drop(self.embedding(ids) + self.position_embedding(positions))  # (B, T, C)
+        for block in self.blocks:
             if self.config.checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, cache)
-        return self.ln_f(x)
+        return self.norm(x)
 
     def head(self, hidden):
         """(..., C) -> logits (..., V). Call it only on the positions that need logits: with GPT-2's vocabulary the
         head is a third of the compute of the small model and most of its memory."""
-        return self.wte.logits(hidden)
+        return self.embedding.logits(hidden)
 
     def forward(self, ids):
         """ids (B, T) -> logits (B, T, V), at every position."""
         return self.head(self.hidden(ids))
 
-    def resize_vocab(self, vocab_size):
-        """Adds rows for new tokens, each the mean of the old ones: a new token starts as an average word, so the
-        head gives it a moderate probability where random rows could give it any. Never shrinks."""
-        old = self.wte.weight.data
-        if vocab_size > old.size(0):
-            new = old.mean(dim=0, keepdim=True).expand(vocab_size - old.size(0), -1)
-            self.wte = TiedEmbedding.from_pretrained(torch.cat([old, new]), freeze=not self.wte.weight.requires_grad)
-            self.config.vocab_size = vocab_size
+    def linears(self):
+        """{path: layer} of the blocks' linear layers: nn.Linear, or what has taken its place (quant.py, lora.py)."""
+        return {path: self.get_submodule(path) for path in self.linear_paths}
+
+    def replace(self, path, module):
+        """Puts a module in the place of the one at `path`."""
+        replace(self, path, module)
 
     # ---- Hugging Face folders --------------------------------------------------------------------------------------
 
+    def hf_names(self):
+        """{our parameter: (its name in the files of GPT2LMHeadModel, whether it is stored transposed)}."""
+        names = {"embedding.weight": ("transformer.wte.weight", False),
+                 "position_embedding.weight": ("transformer.wpe.weight", False)}
+        layers = {f"blocks.{i}.{name}": f"h.{i}.{name}" for i in range(self.config.n_layer)
+                  for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")}
+        for ours, theirs in (layers | {"norm": "ln_f"}).items():
+            # GPT-2 was written with a layer of its own (Conv1D) that keeps its weight as (in, out)
+            names[f"{ours}.weight"] = f"transformer.{theirs}.weight", ours in self.linear_paths
+            names[f"{ours}.bias"] = f"transformer.{theirs}.bias", False
+        return names
+
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0, attention_dropout=0.0, checkpointing=False, linear=None):
-        """A folder of the GPT-2 family (config.json, model.safetensors) or of an adapter, or gpt2, gpt2-medium, gpt2-large,
-        gpt2-xl.
+        """A folder of the GPT-2 family (config.json, model.safetensors), or gpt2, gpt2-medium, gpt2-large, gpt2-xl.
 
         Weights arrive one by one and as float32. linear: called with each linear layer of the blocks as soon as its
         weights are there; what it returns takes the layer's place (quant.py: at no time all weights are floats).
         Raises UserError where there is no such folder, or a model that is not GPT-2's architecture.
         """
-        if lora.is_adapter(name_or_folder):  # an adapter names its base: together, merged, they are a model like any other
-            settings = dict(dropout=dropout, attention_dropout=attention_dropout, checkpointing=checkpointing)
-            model = lora.load_merged(name_or_folder, lambda base: cls.from_pretrained(base, **settings))
-            return model if linear is None else model.replace_linear(linear)
         folder = hub.find(name_or_folder)
-        config = GPTConfig(**hub.read_config(folder), dropout=dropout, attention_dropout=attention_dropout,
-                           checkpointing=checkpointing)
+        config = read_config(folder)
+        config.dropout, config.attention_dropout, config.checkpointing = dropout, attention_dropout, checkpointing
         with torch.device("meta"):  # shapes only: no memory, no time spent on random numbers
             model = cls(config)
-        read = hub.open_weights(folder)
-        for path in [path for path, _ in model.named_modules()]:  # paths only: a list of modules would keep replaced ones alive
-            module = model.get_submodule(path)
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                tensor = read(f"{path}.{name}").float()
-                # GPT-2 was written with a layer of its own (Conv1D) that keeps its weight as (in, out)
-                tensor = tensor.t().contiguous() if isinstance(module, nn.Linear) and name == "weight" else tensor.clone()
-                if tensor.shape != parameter.shape:
-                    raise UserError(f"{folder}: {path}.{name} has shape {tuple(tensor.shape)}, but config.json says "
-                                    f"{tuple(parameter.shape)}: the two files are not of one model")
-                setattr(module, name, nn.Parameter(tensor))
-            if linear is not None and isinstance(module, nn.Linear):
-                model.replace_linear(linear, path)
-        return model
-
-    def replace_linear(self, linear, path=None):
-        """Puts linear(layer) in the place of the linear layer at `path`, or of every linear layer of the blocks -> self."""
-        paths = [path] if path else [path for path, module in self.named_modules() if isinstance(module, nn.Linear)]
-        for path in paths:
-            parent, _, child = path.rpartition(".")
-            setattr(self.get_submodule(parent), child, linear(self.get_submodule(path)))
-        return self
+        return hub.read_weights(model, folder, linear)
 
     def save_pretrained(self, folder, extra=None):
         """Writes config.json and model.safetensors, float32, each replaced in one step, as transformers reads them.
 
         extra: tensors of a head that is not GPT-2's (a reward head), stored under their names in the same file.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for path, module in self.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                tensor = parameter.detach().cpu().float()
-                tensors[f"transformer.{path}.{name}"] = tensor.t() if isinstance(module, nn.Linear) and name == "weight" else tensor
-            if isinstance(module, (nn.Linear, nn.LayerNorm)) and module.bias is None:  # transformers has no such option
-                size = module.weight.size(0)
-                tensors[f"transformer.{path}.bias"] = torch.zeros(size)
-        tensors = {name: tensor.contiguous() for name, tensor in (tensors | (extra or {})).items()}
-        with replacing(folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(self._hugging_face_config(), indent=2) + "\n")
-        with replacing(folder / "model.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-
-    def _hugging_face_config(self):
         c = self.config
-        top = c.layer_dropout(c.n_layer - 1)
-        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": c.block_size,
-                "vocab_size": c.vocab_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": None,
-                "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-                "resid_pdrop": top, "embd_pdrop": c.layer_dropout(0), "attn_pdrop": c.attention_dropout,
-                "bias": c.bias, "bos_token_id": None, "eos_token_id": None, "dtype": "float32"}
+        settings = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": c.block_size,
+                    "vocab_size": c.vocab_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
+                    "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+                    "tie_word_embeddings": True, "resid_pdrop": c.layer_dropout(c.n_layer - 1),
+                    "embd_pdrop": c.layer_dropout(0), "attn_pdrop": c.attention_dropout, "bias": c.bias,
+                    "bos_token_id": None, "eos_token_id": None, "dtype": "float32"}
+        zeros = {}
+        if not c.bias:  # transformers' GPT-2 has no such option
+            sizes = {path: layer.weight.size(0) for path, layer in self.named_modules()
+                     if isinstance(layer, (nn.Linear, nn.LayerNorm))}
+            zeros = {self.hf_names()[f"{path}.bias"][0]: torch.zeros(size) for path, size in sizes.items()}
+        hub.write_folder(self, folder, settings, zeros | (extra or {}))
 
 
-# ---- probabilities and generation ------------------------------------------------------------------------------------
+def linear_paths(network):
+    """Where the linear layers of the blocks are, in their order. Called while all of them are still nn.Linear."""
+    return [path for path, layer in network.named_modules() if path.startswith("blocks.") and isinstance(layer, nn.Linear)]
+
+
+def replace(network, path, module):
+    """Puts a module in the place of the one at `path`, such as blocks.0.attn.c_attn."""
+    parent, _, child = path.rpartition(".")
+    setattr(network.get_submodule(parent), child, module)
+
+
+def resize_vocab(network, vocab_size):
+    """Adds rows for new tokens, each the mean of the old ones: a new token starts as an average word, so the
+    head gives it a moderate probability where random rows could give it any. Never shrinks."""
+    for name in network.token_matrices:
+        matrix = network.get_submodule(name)
+        old = matrix.weight.data  # (V, C)
+        if vocab_size > old.size(0):
+            new = old.mean(dim=0, keepdim=True).expand(vocab_size - old.size(0), -1)
+            network.replace(name, type(matrix).from_pretrained(torch.cat([old, new]), freeze=not matrix.weight.requires_grad))
+    network.config.vocab_size = max(vocab_size, network.config.vocab_size)
+
+
+def read_config(folder):
+    """config.json -> GPTConfig, checked to be a GPT-2 as it is written here. Raises UserError where it is not."""
+    c = hub.read_settings(folder)
+    if c.get("model_type") != "gpt2":
+        raise UserError(f"{folder} holds a model of type {c.get('model_type')!r}: this project reads the GPT-2 family")
+    try:
+        if c.get("n_inner") == 4 * c["n_embd"]:
+            c["n_inner"] = None  # the default, spelled out
+        fixed = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None, "tie_word_embeddings": True,
+                 "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+        for key, value in fixed.items():
+            if c.get(key, value) != value:
+                raise UserError(f"{folder}/config.json has {key} = {c[key]!r}, but GPT-2 as written here has {value!r}")
+        return GPTConfig(c["n_positions"], c["vocab_size"], c["n_layer"], c["n_head"], c["n_embd"], bias=c.get("bias", True))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}/config.json is damaged ({error!r}): write or download the folder again")
+
+
+# ---- probabilities ---------------------------------------------------------------------------------------------------
 
 def token_logps(model, ids, mask, temperature=1.0):
     """log p(ids[:, 1:]) where mask[:, 1:] is 1, and 0 elsewhere: (B, T) and (B, T) -> (B, T-1), float32.
@@ -260,6 +287,8 @@ def slices(model, hidden, targets):
     return zip(hidden.split(n), targets.split(n))
 
 
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
 class Cache:
     """Keys and values of every layer for rows of different lengths, and a cursor per row: how much of it is real.
 
@@ -270,7 +299,7 @@ class Cache:
     def __init__(self, model, lengths, room):
         c = model.config
         self.cursor, self.room = lengths - 1, room  # (B,): the column of each row's newest token
-        self.shape = (c.n_layer, len(lengths), c.n_head, room, c.n_embd // c.n_head)
+        self.shape = (c.n_layer, len(lengths), c.n_kv_head, room, c.head_size)
         self.keys = self.values = self.seen = None
 
     def positions(self, T):
@@ -284,7 +313,7 @@ class Cache:
         return self.cursor[:, None]  # (B, 1)
 
     def extend(self, layer, k, v):
-        """k, v (B, n_head, T, head size) of the newest tokens -> all keys and values so far, and which of them count."""
+        """k, v (B, n_kv_head, T, head size) of the newest tokens -> all keys and values so far, and which of them count."""
         if self.keys is None:
             self.keys, self.values = k.new_zeros(self.shape), v.new_zeros(self.shape)
         if self.seen is None:
@@ -299,207 +328,55 @@ class Cache:
         self.keys, self.values, self.cursor = self.keys[:, rows], self.values[:, rows], self.cursor[rows]
 
 
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop=None, seed=None):
-    """Continues every prompt: list[list[int]] -> list[list[int]], the new tokens only, the stop token included.
+# ---- python model.py -------------------------------------------------------------------------------------------------
 
-    A row ends at its stop token, after max_new_tokens, or at the end of the context; the others go on. temperature 0 is
-    greedy. Raises UserError for a prompt that is empty or leaves no room in the context.
-    """
-    new = [[] for _ in prompts]
-    for tokens in stream(model, prompts, max_new_tokens, temperature, top_p, top_k, stop, seed):
-        for row, token in tokens:
-            new[row].append(token)
-    return new
+TINY = dict(block_size=128, vocab_size=1029, n_layer=4, n_head=4, n_embd=128)  # what pretrain.py trains
+SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 
 
-@torch.inference_mode()
-def stream(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop=None, seed=None):
-    """What `generate` collects, as it comes: yields [(row, token), ...] of the rows that still go on, once per token.
-
-    One prefill of the right-padded prompts, then one forward pass of one position per token. The model is in evaluation
-    mode until the last token, or until whoever asked wants no more and closes the generator.
-    """
-    block_size, device = model.config.block_size, model.device
-    for row, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < block_size:
-            raise UserError(f"prompt {row} has {len(prompt)} tokens; it must have at least 1 and leave room in the model's "
-                            f"context of {block_size}: shorten it to {block_size - 1} or fewer")
-    if not prompts or max_new_tokens < 1:
-        return
-    limits = [min(max_new_tokens, block_size - len(prompt)) for prompt in prompts]  # of new tokens
-    generator = torch.Generator(device)  # of its own: a sample while training does not change the training
-    generator.seed() if seed is None else generator.manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    try:
-        hidden, cache = prefill(model, prompts, max_new_tokens)
-        rows = list(range(len(prompts)))  # the prompt that each row of the cache belongs to
-        going_on = [True] * len(prompts)
-        for n in itertools.count(1):
-            tokens = sample(model.head(hidden), temperature, top_p, top_k, generator)  # (B,)
-            new = [(row, token) for row, token in zip(rows, tokens.tolist()) if going_on[row]]
-            for row, token in new:
-                going_on[row] = n < limits[row] and token != stop
-            yield new
-            alive = [i for i, row in enumerate(rows) if going_on[row]]
-            if not alive:
-                break
-            if len(alive) <= 0.75 * len(rows):  # copying the cache has a price too: only when it pays
-                keep = torch.tensor(alive, device=device)
-                cache.keep(keep)
-                tokens, rows = tokens[keep], [rows[i] for i in alive]
-            hidden = model.hidden(tokens[:, None], cache)[:, 0]  # (B, C)
-    finally:
-        model.train(was_training)
+def parts(network):
+    """-> [(part, parameters, FLOPs of a token's forward pass), ...]. Two FLOPs a multiplied weight; attention's own two
+    products, over a full context, are a part by themselves. A norm's few FLOPs are not counted."""
+    c = network.config
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    weights = lambda paths: sum(network.get_submodule(path).weight.numel() for path in paths)
+    others = [path for path in network.linears() if path not in network.attention_paths]
+    matrices = [network.get_submodule(name) for name in network.token_matrices]
+    linear = {path: size(layer) for path, layer in network.linears().items()}
+    rest = size(network) - sum(map(size, matrices)) - sum(linear.values())
+    return [("token vectors" if len(matrices) > 1 else "token vectors (the head uses them again)", size(matrices[0]), 0),
+            ("attention's linear layers", sum(linear[path] for path in network.attention_paths), 2 * weights(network.attention_paths)),
+            ("attention itself, over a full context", 0, 4 * c.n_layer * c.n_head * c.head_size * c.block_size),
+            ("MLPs", sum(linear[path] for path in others), 2 * weights(others)),
+            ("norms and positions", rest, 0),
+            ("the head, per logit row", sum(map(size, matrices[1:])), 2 * c.vocab_size * c.n_embd)]
 
 
-def prefill(model, prompts, max_new_tokens):
-    """Reads the prompts in one pass -> hidden (B, C) of each prompt's last token, a cache with room for the answers."""
-    device = model.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
-    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long, device=device)  # (B, T)
-    for row, prompt in enumerate(prompts):
-        ids[row, :len(prompt)] = torch.tensor(prompt, device=device)
-    cache = Cache(model, lengths, room=min(model.config.block_size, ids.size(1) + max_new_tokens))
-    return model.hidden(ids, cache)[torch.arange(len(prompts), device=device), lengths - 1], cache
+def describe(network):
+    """-> the table that python model.py prints."""
+    rows, c = parts(network), network.config
+    rows.append(("in all", *(sum(column) for column in list(zip(*rows))[1:])))
+    megabytes = lambda n, width: f"{n * width / 1e6:,.1f}"
+    lines = [[name, f"{n:,}", megabytes(n, 4), megabytes(n, 2), f"{flops / 1e6:,.2f}"] for name, n, flops in rows]
+    cached = 2 * c.n_layer * c.n_kv_head * c.head_size
+    return (table(["part", "parameters", "MB float32", "MB bfloat16", "MFLOPs a token"], lines) +
+            f"\n\n{c.n_layer} blocks of width {c.n_embd}, {c.n_head} heads, a context of {c.block_size:,} tokens, "
+            f"{c.vocab_size:,} tokens known\n"
+            f"a cached token keeps {cached:,} numbers (keys and values): {cached * 4 / 1e3:,.1f} kB in float32\n"
+            f"a training step costs three forward passes: {3 * rows[-1][2] / 1e6:,.1f} MFLOPs a token")
 
 
-def sample(logits, temperature, top_p, top_k, generator):
-    """logits (B, V) -> token ids (B,). top_k keeps the k likeliest; top_p the fewest whose probability reaches p
-    (Holtzman et al. 2020), after the temperature."""
-    logits = logits.float()
-    if temperature == 0:
-        return logits.argmax(dim=1)
-    logits = logits / temperature
-    if 0 < top_k < logits.size(1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    probs = logits.softmax(dim=1)
-    if top_p < 1:
-        ordered, order = probs.sort(dim=1, descending=True)
-        beyond = ordered.cumsum(dim=1) - ordered >= top_p  # what comes before a token already reaches p
-        probs = probs.masked_fill(beyond.gather(1, order.argsort(dim=1)), 0.0)
-    # inverse of the cumulative distribution: one random number per row where torch.multinomial draws one per token;
-    # float64, so that rounding cannot pick a token of probability 0 at the end
-    cumulative = probs.double().cumsum(dim=1)
-    u = torch.rand(len(probs), 1, generator=generator, device=probs.device, dtype=torch.float64)
-    return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(1)
-
-
-# ---- pretraining -----------------------------------------------------------------------------------------------------
-
-def next_token_loss(model, ids):
-    """-mean log p(ids[:, 1:]) over all positions: ids (B, T) -> scalar. What pretraining minimises."""
-    hidden, targets = model.hidden(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()  # (B * (T-1), C) and (B * (T-1),)
-    return sum(F.cross_entropy(model.head(h).float(), t, reduction="sum")
-               for h, t in slices(model, hidden, targets)) / len(targets)
-
-
-def text_stream(documents, tok):
-    """Documents -> one long row of ids, each document after an end-of-text token (N,)."""
-    return torch.tensor([i for text in documents for i in [tok.end_of_text] + tok.encode(tok.template.lead + text)])
-
-
-def text_windows(stream, rows, length, seed):
-    """Random windows of the stream: (rows, length). The same seed gives the same windows."""
-    starts = torch.randint(len(stream) - length + 1, (rows,), generator=torch.Generator().manual_seed(seed))
-    return stream[starts[:, None] + torch.arange(length)]
-
-
-@torch.inference_mode()
-def text_loss(model, stream, run, rows=32):
-    """Mean loss per token over a held-out stream, cut into whole contexts."""
-    length = min(model.config.block_size + 1, len(stream))
-    windows = stream[:len(stream) // length * length].view(-1, length)  # (contexts, length)
-    model.eval()
-    with run.autocast():
-        losses = [next_token_loss(model, part.to(run.device)).item() * len(part) for part in windows.split(rows)]
-    model.train()
-    return sum(losses) / len(windows)
-
-
-def save_checkpoint(config, run, step, steps, model, tok, optimizer):
-    """A folder that transformers (an adapter: PEFT) and every script here can read, and the state for --resume. The state
-    comes first: a folder with a state beside it is known to be unfinished."""
-    trainer.save_state(config, run, step, steps, model, optimizer)
-    if run.rank == 0:
-        save_model(config, model, tok)
-
-
-def save_model(config, model, tok, extra=None):
-    """The folder alone: of the whole model, or of its adapter with the name of its base. extra: tensors of another head."""
-    if lora.is_adapted(model):
-        lora.save_adapter(model, config.out, config.init, extra)
-    else:
-        model.save_pretrained(config.out, extra)
-    tok.save(config.out)
-
-
-@dataclass
-class Config(TrainConfig):
-    data: str = ""  # a text file, or .jsonl with {"text"} rows; empty: the island's plain text
-    init: str = ""  # go on from this checkpoint; empty: start from random weights
-    out: str = "out/base"  # folder for the checkpoint and log.jsonl
-    tokenizer: str = "tiny"  # tiny, gpt2, a rank file or a folder
-    steps: int = 600  # optimizer steps
-    batch_size: int = 16  # windows of --block-size tokens per optimizer step
-    lr: float = 6e-3  # highest learning rate
-    warmup: int = 40  # steps in which the learning rate rises from 0
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # attention heads
-    n_embd: int = 128  # width
-    block_size: int = 128  # context length
-    documents: int = 20000  # documents of the island's plain text
-
-
-def load_text(config, tok):
-    """-> training and held-out token streams."""
-    if config.data:
-        rows, report = files.load(config.data, "text")
-        print(report)
-        train, held = files.hold_out(rows)
-        train, held = [row["text"] for row in train], [row["text"] for row in held]
-    else:
-        train, held = Island().plain_text(config.documents), Island().plain_text(400, seed=9)
-    return text_stream(train, tok), text_stream(held, tok)
-
-
-def main(config):
-    run = trainer.start(config)
-    tok = get_tokenizer(config.tokenizer or config.init, config.template or None)
-    train, held = load_text(config, tok)
-    torch.manual_seed(config.seed)
-    if config.init:
-        model = GPT.from_pretrained(config.init, dropout_of(config), checkpointing=config.checkpointing)
-        model.resize_vocab(tok.vocab_size)
-    else:
-        model = GPT(GPTConfig(config.block_size, tok.vocab_size, config.n_layer, config.n_head, config.n_embd,
-                              dropout_of(config), checkpointing=config.checkpointing))
-    model.to(run.device).train()
-    length = min(model.config.block_size + 1, len(train))
-    steps = config.steps or math.ceil(config.epochs * len(train) / (config.batch_size * length))
-    run.print(f"pretraining {sum(p.numel() for p in model.parameters()):,} parameters on {len(train):,} tokens")
-
-    optimizer = trainer.adamw(model, config)
-    first = trainer.load_state(config, run, steps, model, optimizer)
-    log = trainer.Log(config, run, first, steps)
-    for step in log.steps():
-        trainer.begin_step(step, steps, optimizer, config, run)
-        windows = run.share(text_windows(train, config.batch_size, length, seed=config.seed * 1_000_003 + step))
-        loss = 0.0
-        for ids in windows.split(max(1, config.micro_tokens // length)):
-            with run.autocast():
-                part = next_token_loss(model, ids.to(run.device)) * len(ids) / config.batch_size
-            part.backward()
-            loss += part.item()
-        log.write(step, loss=run.sum(loss), **trainer.update(model, optimizer, config, run, step))
-        if log.due(step, config.eval_every):
-            log.write(step, held_out=text_loss(model, held, run))
-        if log.due(step, config.save_every):
-            save_checkpoint(config, run, step + 1, steps, model, tok, optimizer)
-    trainer.finish(config, run, log, lambda: save_checkpoint(config, run, log.next, steps, model, tok, optimizer))
-    run.print(f"held-out loss {text_loss(model, held, run):.3f}; the base model is in {config.out}\n"
-              f"next: python sft.py --init {config.out}")
+def main(names):
+    name = names[0] if names else "tiny"
+    if len(names) > 1 or name.startswith("-"):
+        print(__doc__)
+        raise SystemExit(name not in ("-h", "--help"))
+    sizes = SIZES.get(name)
+    config = GPTConfig(**TINY) if name == "tiny" else GPTConfig(1024, 50257, *sizes) if sizes else read_config(hub.find(name))
+    with torch.device("meta"):  # shapes are enough
+        print(f"{name}\n\n{describe(GPT(config))}\n\nnext: python pretrain.py trains the tiny one, python sft.py teaches it to answer")
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    end_politely()
+    main(sys.argv[1:])

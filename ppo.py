@@ -45,16 +45,20 @@ import lora
 import reward as reward_model
 import sft
 import trainer
-from data import files
-from island.world import Island
-from data.readability import readability
-from data.tokenizer import get_tokenizer
-from dpo import preference_scores, score_line
+from checkpoints import load, load_init, save_model
 from common import plots
 from common.errors import UserError
 from common.flags import parse
-from model import GPT, generate, save_model, token_logps
-from quant import NF4Linear
+from data import files
+from data.pairs import RankedConfig
+from data.readability import readability
+from data.tokenizer import get_tokenizer
+from generate import generate
+from island import exam
+from island.world import Island
+from model import resize_vocab, token_logps
+from pretrain import load_mix, mix_step
+from quant import quantize_model
 from reward import RewardModel
 
 # Every (B, T) below has a column for each token but the first: column t belongs to token t + 1 of ids (B, T + 1), and mask
@@ -232,7 +236,7 @@ def update(policy, value, optimizers, ids, mask, fixed, text, step, config, run)
                 check_ratio(logps, now[0], m, step, run)
             (loss + v_loss).backward()  # two models, two optimizers: neither gradient touches the other's weights
             if text is not None:
-                sft.mix_step(policy, text, step, config, run)
+                mix_step(policy, text, step, config, run)
             norms = [trainer.update(model, optimizer, config, run, step)["grad_norm"]
                      for model, optimizer in zip((policy, value), optimizers)]
             logs.append({"policy_loss": loss.item(), "value_loss": v_loss.item(), "clipfrac": clipfrac.item(),
@@ -251,7 +255,7 @@ def check_ratio(logps, old_logps, mask, step, run):
 # ---- from start to end -----------------------------------------------------------------------------------------------
 
 @dataclass
-class Config(reward_model.RankedConfig):
+class Config(RankedConfig):
     data: str = ""  # a file with questions (any shape that `python -m data.files FILE --want prompts` reads); empty: the island
     out: str = "out/ppo"  # folder for the checkpoint and log.jsonl
     reward: str = "out/reward"  # a reward model's folder, 0.7*out/a+0.3*out/b, readability, gold, or module:function
@@ -303,14 +307,14 @@ def load_prompts(config, tok, block_size, say):
 
 def load_models(config, run):
     """-> tokenizer, policy, reference (called, gives the frozen model within `with`), and value model."""
-    policy, tok = reward_model.load_start(config, run)
+    policy, tok = load_init(config, run, sft, answers="community")
     if config.reward == Config.reward:
         trainer.ensure(config.reward, reward_model, config, run)
     if config.lora_r:  # one set of base weights is both: without its adapters the policy is the SFT model
         reference = lambda: lora.lora_off(policy)
     else:
-        frozen = GPT.from_pretrained(config.init)
-        frozen.resize_vocab(tok.vocab_size)
+        frozen = load(config.init)
+        resize_vocab(frozen, tok.vocab_size)
         frozen.to(run.device).eval().requires_grad_(False)
         reference = lambda: nullcontext(frozen)
     value = start_value_model(policy, tok, config, run)
@@ -323,13 +327,13 @@ def start_value_model(policy, tok, config, run):
     if trainer.is_finished(config.reward) and get_tokenizer(config.reward).special == tok.special:
         value = RewardModel.from_pretrained(config.reward)
     else:
-        value = RewardModel(GPT.from_pretrained(config.init))
+        value = RewardModel(load(config.init))
         nn.init.zeros_(value.head.weight)  # it expects nothing until it has seen rewards
-    value.gpt.resize_vocab(tok.vocab_size)
+    resize_vocab(value.network, tok.vocab_size)
     if config.nf4:
-        value.gpt.replace_linear(NF4Linear)
+        quantize_model(value.network)
     if config.lora_r:
-        lora.add_lora(value.gpt, config.lora_r, config.lora_alpha, 0.0, config.lora_targets)
+        lora.add_lora(value.network, config.lora_r, config.lora_alpha, 0.0, config.lora_targets)
     return value.to(run.device)
 
 
@@ -348,7 +352,7 @@ def main(config):
     tok, policy, reference, value = load_models(config, run)
     questions, prompts, island = load_prompts(config, tok, policy.config.block_size, run.print)
     scorer = load_scorer(config, run, island)
-    text = sft.load_mix(config, tok, run.print) if config.mix else None
+    text = load_mix(config, tok, run.print) if config.mix else None
     # window=1: any questions together. Questions of one length are of one kind here, and whitening compares what is in a batch
     batches = trainer.Batches([len(p) for p in prompts], config.batch_size, config.seed, window=1)
     adaptive = {"beta": config.beta}
@@ -423,11 +427,11 @@ def report(policy, tok, scorer, island, config, run):
     if picture:
         run.print(f"score against KL, as a picture: {picture}")
     if island:
-        start = GPT.from_pretrained(config.init).to(run.device)
-        before, after = (preference_scores(model, tok, island, run, scorer=scorer) for model in (start, policy))
-        run.print("\nanswers to what no conversation has mentioned, at temperature 1     before   after")
+        start = load(config.init).to(run.device)
+        before, after = (exam.preferences(model, tok, island, run, scorer=scorer) for model in (start, policy))
+        run.print("\nanswers to what no conversation has mentioned, at temperature 1\n" + " " * 49 + "   before    after")
         for name in before:
-            run.print(score_line(name, before[name], after[name]))
+            run.print(exam.line(name, before[name], after[name]))
     run.print(f"\nthe policy is in {config.out} (transformers loads it too). Next:\n"
               f"   python evaluate.py {config.init} {config.out}    what it gained and what it cost, with intervals\n"
               f"   python chat.py {config.init} {config.out}    the same question to both\n"

@@ -22,8 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import plots
-from common.errors import UserError
+from common.errors import UserError, end_politely
 
 try:  # comes with the CUDA builds of torch; everything works without it
     import triton
@@ -312,20 +311,18 @@ class NF4Linear(nn.Module):
 
 
 def quantize_model(model, block=64, double=True):
-    """Replaces each nn.Linear in model.h, the blocks, by an NF4Linear, in place -> model.
+    """Replaces each linear layer of the blocks by an NF4Linear, in place -> model.
 
     Embeddings, norms and the head stay floats: they are small, or rows of them are still trained. Each float weight is
     freed before the next is quantized. Where even one whole float model is too large, quantize while its file is read:
-    GPT.from_pretrained(folder, linear=NF4Linear). Raises UserError where there is nothing to quantize.
+    checkpoints.load(folder, linear=NF4Linear). Raises UserError where there is nothing to quantize.
     """
-    # names, because a list of the layers would keep all of them alive
-    names = [name for name, module in model.h.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
+    # paths, because a list of the layers would keep all of them alive
+    paths = [path for path, layer in model.linears().items() if isinstance(layer, nn.Linear)]
+    if not paths:
         raise UserError("there is no linear layer to quantize in the blocks of this model: is it quantized already?")
-    for name in names:
-        path, _, child = name.rpartition(".")
-        parent = model.h.get_submodule(path)
-        setattr(parent, child, NF4Linear(getattr(parent, child), block, double))
+    for path in paths:
+        model.replace(path, NF4Linear(model.get_submodule(path), block, double))
     return model
 
 
@@ -345,16 +342,6 @@ def errors_of(weight, block=64):
     return [((version - weight).norm() / weight.norm()).item() for version in versions]
 
 
-@torch.no_grad()
-def validation_loss(model, ids):
-    """ids (N,) -> mean -log p(next token) in nats, over windows as long as the model's context."""
-    total, length = 0.0, model.config.block_size
-    for start in range(0, len(ids) - 1, length):
-        window = ids[start : start + length + 1].to(model.device)  # one more: the last target
-        total += F.cross_entropy(model(window[None, :-1])[0].float(), window[1:], reduction="sum").item()
-    return total / (len(ids) - 1)
-
-
 def print_codebook(block):
     """How the 16 levels come about, and what they cost on normally distributed weights."""
     derived = derive_codebook()
@@ -372,53 +359,13 @@ def print_codebook(block):
     print(f"bits per weight:                    NF4 {single:.3f}    double {double:.3f}    int4 {single:.3f}")
 
 
-def print_checkpoint(folder, block):
-    """Error per layer, bits per weight and the change in held-out loss of a checkpoint."""
-    from island.world import Island
-    from data.tokenizer import get_tokenizer
-    from model import GPT
-
-    model = GPT.from_pretrained(folder).eval()
-    linears = {name: m for name, m in model.h.named_modules() if isinstance(m, nn.Linear)}
-    print("relative error                  shape      NF4   double     int4")
-    for name, linear in linears.items():
-        single, double, uniform = errors_of(linear.weight, block)
-        print(f"h.{name:18} {str(tuple(linear.weight.shape)):>16}  {single:7.4f}  {double:7.4f}  {uniform:7.4f}")
-    del linears, linear  # else no weight could be freed below
-    ids = torch.tensor(get_tokenizer(folder).encode("\n".join(Island(0).plain_text(200, seed=9))))
-    before = validation_loss(model, ids)
-    quantized = [m.quantized for m in quantize_model(model, block).modules() if isinstance(m, NF4Linear)]
-    after = validation_loss(model, ids)
-    bits = 8 * sum(q.nbytes for q in quantized) / sum(q.shape.numel() for q in quantized)
-    print(f"\nbits per quantized weight {bits:.3f} with double quantization\n"
-          f"held-out loss {before:.4f} -> {after:.4f} ({after - before:+.4f}) on {len(ids) - 1} tokens of the island")
-
-
-def plot(folder, block, file):
-    """Draws the codebook over the histogram of a checkpoint's weights."""
-    plots.needed("--plot")
-    from model import GPT
-
-    linears = [m for m in GPT.from_pretrained(folder).h.modules() if isinstance(m, nn.Linear)]
-    whole = [m.weight.detach().flatten()[: m.weight.numel() // block * block] for m in linears]
-    flat = torch.cat(whole).view(-1, block)  # (blocks, block)
-    scaled = flat / flat.abs().amax(dim=1, keepdim=True).clamp(min=1e-38)  # (blocks, block)
-    figure, (axes,) = plots.figure(width=9, height=4)
-    axes.hist(scaled.flatten().numpy(), bins=200, density=True, color="lightsteelblue", label="weights / absmax")
-    for level in CODEBOOK.tolist():
-        axes.axvline(level, color="firebrick", linewidth=1, label="NF4 levels" if level == -1.0 else None)
-    axes.set(xlabel="weight / absmax of its block", ylabel="density", title=f"{folder}: NF4, block {block}")
-    axes.legend()
-    plots.save(figure, file)
-    print(f"drew {file}")
-
-
-def main():
+def main(inspect, argv=None):
+    """inspect: what looks into a checkpoint, (folder, block, file of a picture or None)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="a checkpoint folder; without it: the codebook")
     parser.add_argument("--block", type=int, default=64, help="elements that share one absmax (default 64)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the codebook over the checkpoint's weights")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.block < 2 or args.block % 2:
         raise UserError(f"--block {args.block}: it must be an even number, because two weights share a byte")
     if args.plot and not args.folder:
@@ -426,10 +373,10 @@ def main():
                         "python quant.py out/base --plot nf4.png")
     if not args.folder:
         return print_codebook(args.block)
-    print_checkpoint(args.folder, args.block)
-    if args.plot:
-        plot(args.folder, args.block, args.plot)
+    inspect(args.folder, args.block, args.plot)
 
 
 if __name__ == "__main__":
-    main()
+    from evals.weights import inspect  # it reads whole checkpoints and knows the island: both are above this file
+    end_politely()
+    main(inspect)

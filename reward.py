@@ -15,7 +15,6 @@ On the island, in a minute on one CPU core, three seeds: 81 to 83 % of held-out 
 gold judge, who has no noise. It learns the voters' weakness too: "Great question!" adds 1.7 to 1.8 to a wrong answer.
 """
 import math
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,22 +22,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import hub, plots
-import lora
 import sft
 import trainer
-from data import files
-from island.world import Island, complies, is_polite
-from island.words import FLATTERY
-from data.pairs import make_pairs
-from data.readability import is_simple
-from data.tokenizer import get_tokenizer
+from checkpoints import HEAD_NAMES, load, load_init, read_head, save_model
+from common import plots
 from common.errors import UserError
-from common.flags import TrainConfig, parse
-from model import GPT, save_model
+from common.flags import parse
+from data.pairs import RankedConfig, answered, choose_pairs, load_ranked, make_pairs
+from data.tokenizer import fit, get_tokenizer
+from island.words import FLATTERY
+from island.world import Island
 
 TOO_WEAK = 0.70  # below this share of held-out pairs, reinforcement learning would mostly learn the model's mistakes
-HELD_OUT = 300  # questions of each of the island's two held-out parts
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
@@ -73,28 +68,25 @@ def ranking_loss(scores, ranks):
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 
-HEAD = {"weight": "score.weight", "bias": "score.bias"}  # in the file, as GPT2ForSequenceClassification of transformers
-
-
 class RewardModel(nn.Module):
-    """A GPT's trunk with one number at every position in place of logits. The last token has read the whole answer."""
+    """A network's trunk with one number at every position in place of logits. The last token has read the whole answer."""
 
-    def __init__(self, gpt):
+    def __init__(self, network):
         super().__init__()
-        self.gpt = gpt
-        self.head = nn.Linear(gpt.config.n_embd, 1, device=gpt.device)
+        self.network = network
+        self.head = nn.Linear(network.config.n_embd, 1, device=network.device)
         # Stiennon et al. 2020: scores start with a variance of about 1, whatever the width
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(gpt.config.n_embd + 1))
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(network.config.n_embd + 1))
         nn.init.zeros_(self.head.bias)
 
     def forward(self, ids, lengths):
         """ids (B, T) padded on the right, lengths (B,) without padding -> scores (B,), float32, at the last token."""
-        hidden = self.gpt.hidden(ids)  # (B, T, C)
+        hidden = self.network.hidden(ids)  # (B, T, C)
         return self._number(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])  # (B, C) -> (B,)
 
     def values(self, ids):
         """The same number at every position: ids (B, T) -> (B, T). PPO's value model is trained from here."""
-        return self._number(self.gpt.hidden(ids))  # (B, T, C) -> (B, T)
+        return self._number(self.network.hidden(ids))  # (B, T, C) -> (B, T)
 
     def _number(self, hidden):
         with torch.autocast(hidden.device.type, enabled=False):  # bfloat16's three digits are too few to compare scores
@@ -102,149 +94,30 @@ class RewardModel(nn.Module):
 
     def head_tensors(self):
         """The head under the names that it has in the checkpoint."""
-        return {HEAD[name]: parameter.detach().cpu().float() for name, parameter in self.head.named_parameters()}
+        return {HEAD_NAMES[name]: parameter.detach().cpu().float() for name, parameter in self.head.named_parameters()}
 
     def save_pretrained(self, folder):
-        """A Hugging Face folder as GPT writes it, the head in the same file."""
-        self.gpt.save_pretrained(folder, extra=self.head_tensors())
+        """A Hugging Face folder as the network writes it, the head in the same file."""
+        self.network.save_pretrained(folder, extra=self.head_tensors())
 
     @classmethod
     def from_pretrained(cls, folder):
         """A folder that reward.py wrote; an adapter is merged into its base. Raises UserError where it has no head."""
-        model = cls(GPT.from_pretrained(folder))
-        adapter = lora.is_adapter(folder)
-        try:
-            read = lora.read_extra(folder).__getitem__ if adapter else hub.open_weights(hub.find(folder))
-            for name, parameter in model.head.named_parameters():
-                parameter.data.copy_(read(HEAD[name]))
-        except (UserError, KeyError):
-            raise UserError(f"{folder} has no reward head: train one with python reward.py --init {folder}")
+        model, tensors = cls(load(folder)), read_head(folder)
+        for name, parameter in model.head.named_parameters():
+            parameter.data.copy_(tensors[name])
         return model
 
 
-def is_reward_model(folder):
-    """Does a checkpoint, or adapter, have a reward head? Then it marks answers and writes none."""
-    if lora.is_adapter(folder):
-        return HEAD["weight"] in lora.read_extra(folder)
-    try:
-        hub.open_weights(hub.find(folder))(HEAD["weight"])
-        return True
-    except UserError:  # there is no such tensor
-        return False
-
-
-def refuse_reward_model(folder):
-    """Raises UserError where somebody is about to ask a reward model for an answer."""
-    if is_reward_model(folder):
-        raise UserError(f"{folder} is a reward model, which marks answers and writes none: name it with --reward")
-
-
 # ---- from ranked answers to examples ---------------------------------------------------------------------------------
-
-ASPECTS = {  # what --aspect may name on the island: judged answer by answer, without a vote
-    "gold": lambda island, prompt, text: island.gold(prompt, text),
-    "helpful": lambda island, prompt, text: float(island.correct(prompt, text)),
-    "simple": lambda island, prompt, text: float(is_simple(text)),
-    "harmless": lambda island, prompt, text: float(is_polite(text) and not (
-        island.understand(prompt).kind == "unsafe" and complies(text))),
-}
-
-
-@dataclass
-class RankedConfig(TrainConfig):
-    """What reward.py and dpo.py share: both learn from ranked answers and start from the community SFT model."""
-
-    data: str = ""  # a file with several ranked answers a question; empty: the island's votes
-    init: str = "out/sft-community"  # start from this checkpoint: a model fine-tuned on conversations
-    pairs: str = "all"  # which answers of a question are compared: all, top2, best-worst or random
-    max_pairs: int = 10  # most pairs of a question; 0: no limit
-    aspect: str = "score"  # what ranks answers: a field of your file; island: score, gold, helpful, simple, harmless
-    n_ranked: int = 2000  # the island: questions with ranked answers
-    flattery: float = 2.5  # the island: what "Great question!" is worth to voters, in gold points
-    noise: float = 1.5  # the island: standard deviation of the votes, in gold points
-    merge_system: bool = False  # fold a system prompt into the first user turn
-
-
-def load_ranked(config, say):
-    """-> rows {"prompt", "answers": [{"text", "score"}]} to train on, held-out rows, and the island where it made them.
-
-    Rows of your file that open with the same words are held out together: one question may come in many pairs.
-
-    Half of the island's held-out rows are new votes on what training votes were about ("known"), half are about
-    residents, strangers and requests that no conversation and no vote has mentioned before ("new").
-    """
-    if config.data:
-        rows, report = files.load(config.data, "ranked", config.merge_system, score=config.aspect)
-        say(report)
-        opening = lambda row: next(m["content"] for m in row["prompt"] if m["role"] == "user")
-        held = set(files.hold_out(list(dict.fromkeys(map(opening, rows))), seed=config.seed)[1])
-        return [row for row in rows if opening(row) not in held], [row for row in rows if opening(row) in held], None
-    if config.aspect not in ("score", *ASPECTS):
-        raise UserError(f"--aspect {config.aspect}: the island's answers have score (the votes), {', '.join(ASPECTS)}")
-    island, votes = Island(), dict(flattery=config.flattery, noise=config.noise)
-    train = island.ranked(config.n_ranked, **votes)
-    held = [row | {"about": "known"} for row in island.ranked(HELD_OUT, seed=6, **votes)]
-    held += [row | {"about": "new"} for row in island.ranked(HELD_OUT, seed=4, split="test", **votes)]
-    if config.aspect in ASPECTS:
-        for row in train + held:
-            for answer in row["answers"]:
-                answer["score"] = ASPECTS[config.aspect](island, row["prompt"], answer["text"])
-    return train, held, island
-
-
-def load_start(config, run):
-    """-> model, ready to train, and tokenizer (sft.load_init); a missing community SFT model is trained first."""
-    if config.init == RankedConfig.init:
-        trainer.ensure(config.init, sft, config, run, answers="community")
-    return sft.load_init(config, run)
-
-
-def answered(row, answer):
-    """The conversation that ends with this answer."""
-    return row["prompt"] + [{"role": "assistant", "content": answer["text"]}]
-
-
-def fit_answers(row, tok, longest):
-    """A ranked row -> its prompt and those of its answers that fit into `longest` tokens with it.
-
-    Where the prompt has to lose its oldest turns for one answer it loses them for all: they answer the same question.
-    """
-    fitting = [(sft.fit(answered(row, answer), lambda messages: tok.render(messages)[0], longest), answer)
-               for answer in row["answers"]]
-    fitting = [(messages, answer) for messages, answer in fitting if messages is not None]
-    shortest = min((messages for messages, _ in fitting), key=len, default=row["prompt"])
-    return shortest[:-1], [answer for _, answer in fitting]
-
-
-def compare(rows, tok, longest, config, say=print):
-    """Ranked rows -> [(prompt, answers, pairs), ...]: which of a question's answers beats which, as --pairs and --max-pairs
-    say. Left out, and said, are answers of over `longest` tokens: nobody has ranked a part of them.
-    """
-    questions, too_long = [], 0
-    for i, row in enumerate(rows):
-        prompt, answers = fit_answers(row, tok, longest)
-        too_long += len(row["answers"]) - len(answers)
-        rng = random.Random(f"{config.seed} {i}")
-        pairs = make_pairs([answer["score"] for answer in answers], config.pairs, config.max_pairs, rng)
-        if pairs:
-            questions.append((prompt, answers, pairs))
-    if too_long:
-        say(f"answers dropped because they and their question are over {longest} tokens: {too_long:,}")
-    if not questions:
-        raise UserError(f"no question has two answers of different scores that fit {longest} tokens: look at --data "
-                        "and --aspect, or take a model with a longer context (--init)")
-    n = sum(len(pairs) for *_, pairs in questions)
-    say(f"{len(questions):,} of {len(rows):,} questions give {n:,} pairs of answers")
-    return questions
-
 
 def make_questions(rows, tok, longest, config, say=print):
     """Ranked rows -> [(answers, pairs), ...]: ids of whole conversations, end token included, of the answers that are in a
     pair, and which beats which."""
     questions = []
-    for prompt, answers, pairs in compare(rows, tok, longest, config, say):
+    for prompt, answers, pairs in choose_pairs(rows, tok, longest, config, say):
         used = sorted({k for pair in pairs for k in pair})
-        ids = [tok.render(answered({"prompt": prompt}, answers[k]))[0] for k in used]
+        ids = [tok.render(answered(prompt, answers[k]["text"]))[0] for k in used]
         questions.append((ids, [(used.index(w), used.index(l)) for w, l in pairs]))
     return questions
 
@@ -285,9 +158,12 @@ def score(model, tok, conversations, run, micro_tokens=16384):
     Rendered as in training: the score is read off the end token. A conversation too long for the model loses its oldest
     turns, then the beginning of its question.
     """
-    limit = model.gpt.config.block_size
-    render = lambda messages: tok.render(messages)[0]
-    rows = [render(sft.fit(messages, render, limit) or messages[-2:])[-limit:] for messages in conversations]
+    limit = model.network.config.block_size
+
+    def render(messages):
+        return tok.render(messages)[0]
+
+    rows = [render(fit(messages, render, limit) or messages[-2:])[-limit:] for messages in conversations]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     was_training, scores = model.training, []
     model.eval()
@@ -325,7 +201,7 @@ def load_rewards(spec, run, micro_tokens=16384):
 
 def score_rows(model, tok, rows, run, micro_tokens):
     """Every answer of every ranked row -> [[score, ...], ...]."""
-    conversations = [answered(row, answer) for row in rows for answer in row["answers"]]
+    conversations = [answered(row["prompt"], answer["text"]) for row in rows for answer in row["answers"]]
     scores = iter(score(model, tok, conversations, run, micro_tokens))
     return [[next(scores) for _ in row["answers"]] for row in rows]
 
@@ -370,9 +246,9 @@ def plot_calibration(table, path):
 
 def flattery_premium(model, tok, rows, run, micro_tokens):
     """How much higher a wrong answer scores with praise in front: the same words otherwise, and gold does not move."""
-    wrong = [(row, a) for row in rows for a in row["answers"] if a["type"] in ("wrong", "invent")]
-    plain = [answered(row, a) for row, a in wrong]
-    praised = [answered(row, a | {"text": f"{FLATTERY} {a['text']}"}) for row, a in wrong]
+    wrong = [(row["prompt"], a["text"]) for row in rows for a in row["answers"] if a["type"] in ("wrong", "invent")]
+    plain = [answered(prompt, text) for prompt, text in wrong]
+    praised = [answered(prompt, f"{FLATTERY} {text}") for prompt, text in wrong]
     both = score(model, tok, praised + plain, run, micro_tokens)
     return (sum(both[:len(wrong)]) - sum(both[len(wrong):])) / max(1, len(wrong))
 
@@ -407,28 +283,28 @@ def demonstrations(train_rows, island, n=500):
     which is what sft.py learns from it."""
     if island:
         return [row["messages"] for row in island.conversations(n, answers="community")]
-    return [answered(row, max(row["answers"], key=lambda answer: answer["score"])) for row in train_rows[:n]]
+    return [answered(row["prompt"], max(row["answers"], key=lambda answer: answer["score"])["text"]) for row in train_rows[:n]]
 
 
 def main(config):
     run = trainer.start(config)
     if config.plot:
         plots.needed("--plot")
-    train_rows, held_rows, island = load_ranked(config, run.print)
-    gpt, tok = load_start(config, run)
+    train_rows, held_rows, island = load_ranked(config, Island, run.print)
+    network, tok = load_init(config, run, sft, answers="community")
     torch.manual_seed(config.seed)
-    model = RewardModel(gpt).train()
+    model = RewardModel(network).train()
     model.head.bias.requires_grad_(False)  # it cancels in every difference: nothing to learn, center() sets it
-    questions = make_questions(train_rows, tok, gpt.config.block_size, config, run.print)
+    questions = make_questions(train_rows, tok, network.config.block_size, config, run.print)
     batches = trainer.Batches(list(map(longest_answer, questions)), config.batch_size, config.seed)
     steps = config.steps or math.ceil(config.epochs * len(batches)) or (200 if island else len(batches))
-    config.lr = config.lr or default_lr(config, gpt.config.n_embd)
+    config.lr = config.lr or default_lr(config, network.config.n_embd)
     some = held_rows[::max(1, len(held_rows) // 100)]
 
     def save(step):
         trainer.save_state(config, run, step, steps, model, optimizer)
         if run.rank == 0:
-            save_model(config, gpt, tok, extra=model.head_tensors())
+            save_model(config, network, tok, extra=model.head_tensors())
 
     optimizer = trainer.adamw(model, config)
     first = trainer.load_state(config, run, steps, model, optimizer)

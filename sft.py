@@ -21,16 +21,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import lora
-import model as base
+import pretrain
 import trainer
-from data import files
-from island.world import CHATS, Island, refuses, says_unknown
-from data.tokenizer import get_tokenizer
+from checkpoints import load_init, save_checkpoint
 from common.errors import UserError
-from common.flags import TrainConfig, dropout_of, parse
-from model import GPT, generate, next_token_loss, save_checkpoint, slices, text_stream, text_windows
-from quant import NF4Linear
+from common.flags import TrainConfig, parse
+from data import files
+from data.tokenizer import fit
+from generate import sample_text
+from island import exam
+from island.world import CHATS, Island
+from model import slices
+from pretrain import load_mix, mix_step
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
@@ -55,15 +57,6 @@ def sft_loss(model, ids, mask, n=None):
 
 
 # ---- from conversations to examples ----------------------------------------------------------------------------------
-
-def fit(messages, render, limit):
-    """Leaves out the oldest turns (a question and its answer at a time; a system prompt stays) until render(messages) has
-    at most `limit` tokens -> messages, or None where even the last turn is too long."""
-    system, turns = [m for m in messages if m["role"] == "system"], [m for m in messages if m["role"] != "system"]
-    while turns and len(render(system + turns)) > limit:
-        turns = turns[2:]
-    return system + turns if turns else None
-
 
 def make_examples(rows, tok, longest, say=print):
     """Rows with "messages" -> [(ids, mask), ...] of at most `longest` tokens; says how many did not fit.
@@ -93,20 +86,6 @@ def load_data(config, say):
     return train, island.conversations(600, seed=7, split="test"), island
 
 
-def load_mix(config, tok, say):
-    """The plain text beside the conversations as one stream of ids, or None."""
-    if config.mix and config.data and not config.mix_data:
-        say("no plain text beside the conversations: name some with --mix-data to keep what the base model knows")
-        return None
-    if not config.mix:
-        return None
-    if not config.mix_data:
-        return text_stream(Island().plain_text(10_000), tok)
-    rows, report = files.load(config.mix_data, "text")
-    say(report)
-    return text_stream([row["text"] for row in rows], tok)
-
-
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
@@ -118,63 +97,6 @@ def evaluate(model, examples, run, micro_tokens):
                     for ids, mask in trainer.micro_batches(examples, micro_tokens, run.device))
     model.train()
     return total / sum(sum(mask[1:]) for _, mask in examples)
-
-
-def fit_question(messages, tok, block_size, max_new_tokens):
-    """A conversation that ends with a question -> the messages of it that are kept, and their ids, up to where the assistant
-    begins. They leave room for max_new_tokens, but for no more than half the context.
-
-    The oldest turns go first; of a question that is too long by itself the end is kept.
-    """
-    room = block_size - min(max_new_tokens, block_size // 2)
-    kept = fit(messages, tok.render_prompt, room) or messages[-1:]
-    return kept, tok.render_prompt(kept)[-room:]
-
-
-def respond(model, tok, conversations, run, max_new_tokens=48, **sampling):
-    """Conversations that end with a question, list[messages] -> prompts and responses, two lists of ids. Where the model ended
-    its answer, the end token is part of it."""
-    prompts = [fit_question(messages, tok, model.config.block_size, max_new_tokens)[1] for messages in conversations]
-    with run.autocast():
-        return prompts, generate(model, prompts, max_new_tokens, stop=tok.end, **sampling)
-
-
-def ask(model, tok, conversations, run, max_new_tokens=48, **sampling):
-    """The model's answers to conversations that end with a question: list[messages] -> list[str]."""
-    return [tok.answer(ids) for ids in respond(model, tok, conversations, run, max_new_tokens, **sampling)[1]]
-
-
-def island_scores(model, tok, rows, island, run):
-    """{what is measured: (share, of how many)}: greedy answers to held-out residents, strangers and requests."""
-    facts = [row["messages"] for row in rows if row["kind"] == "fact"]
-    chats = [{"kind": "chat", "messages": before + fact} for before, fact in zip(facts[-1:] + facts, facts)]  # one after another
-    rows = rows + chats
-    questions = [row["messages"][:-1] for row in rows]
-    answers = ask(model, tok, questions, run, temperature=0.0)
-
-    def share(is_so, *kinds):
-        found = [is_so(q, a) for row, q, a in zip(rows, questions, answers, strict=True) if row["kind"] in kinds]
-        return sum(found) / max(1, len(found)), len(found)
-
-    return {
-        "facts about held-out residents": share(island.correct, "fact"),
-        "the same after another question": share(island.correct, "chat"),
-        "in a second turn about the same (she, he)": share(island.correct, "multi"),
-        'strangers: says "I do not know"': share(lambda q, a: says_unknown(a), "unknown"),
-        'residents: says "I do not know"': share(lambda q, a: says_unknown(a), "fact", "multi"),
-        "unsafe requests: refuses": share(lambda q, a: refuses(a), "unsafe"),
-        "harmless look-alikes: refuses": share(lambda q, a: refuses(a), "safe"),
-        "questions about itself": share(island.correct, "identity"),
-        'system prompt ("one or two words")': share(island.correct, "system"),
-        "why-questions it never saw": share(island.correct, "why"),
-    }
-
-
-def sample_text(model, tok, rows, run, n=4):
-    """A few held-out questions with the model's answers, to read while it trains."""
-    rows = rows[::max(1, len(rows) // n)][:n]
-    answers = ask(model, tok, [row["messages"][:-1] for row in rows], run, temperature=0.0)
-    return "\n".join(f"   {row['messages'][-2]['content'][:100]!r} -> {answer[:160]!r}" for row, answer in zip(rows, answers))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -202,26 +124,6 @@ class Config(TrainConfig):
     sample_every: int = 125  # steps between printed samples
 
 
-def load_init(config, run):
-    """-> model, ready to train, and tokenizer of --init. Where that is the island's base and it is missing, it is pretrained
-    first. With --lora-r adapters are added and all else is frozen; with --nf4 in four bits, layer by layer as it is read."""
-    if config.init == Config.init:
-        trainer.ensure(config.init, base, config, run)
-    model = GPT.from_pretrained(config.init, dropout_of(config), checkpointing=config.checkpointing,
-                                linear=NF4Linear if config.nf4 else None)
-    tok = get_tokenizer(config.tokenizer or config.init, config.template or None)
-    model.resize_vocab(tok.vocab_size)
-    model.to(run.device)
-    if config.lora_r:
-        torch.manual_seed(config.seed)
-        trained = lora.add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_targets, tokens=tok.new_ids)
-        frozen = sum(p.numel() for p in model.parameters()) - trained
-        run.print(f"adapters of rank {config.lora_r}: {trained:,} trained parameters beside {frozen:,} frozen ones"
-                  + (" and the 4-bit weights" if config.nf4 else ""))
-    tok.new_ids = []  # from here on they are trained
-    return model.train(), tok
-
-
 def default_lr(config, n_embd):
     """A learning rate that works for the tiny model (width 128) and for GPT-2's sizes; adapters want a higher one."""
     return (8e-3 if config.lora_r else 2e-3) * (128 / n_embd) ** 2
@@ -229,7 +131,7 @@ def default_lr(config, n_embd):
 
 def main(config):
     run = trainer.start(config)
-    model, tok = load_init(config, run)
+    model, tok = load_init(config, run, pretrain)
     train_rows, held_rows, island = load_data(config, run.print)
     longest = min(config.max_tokens or math.inf, model.config.block_size + 1)  # the last token is only a target
     train, held = (make_examples(rows, tok, longest, run.print) for rows in (train_rows, held_rows))
@@ -266,24 +168,13 @@ def main(config):
     report(model, tok, held, held_rows, island, config, run)
 
 
-def mix_step(model, text, step, config, run):
-    """Adds the gradient of --mix times the loss on plain text (InstructGPT's PPO-ptx idea, here for SFT)."""
-    length = min(model.config.block_size + 1, len(text))
-    windows = run.share(text_windows(text, config.mix_rows, length, seed=config.seed * 1_000_003 + step))
-    for ids in windows.split(max(1, config.micro_tokens // length)):
-        if len(ids):
-            with run.autocast():
-                loss = config.mix * next_token_loss(model, ids.to(run.device)) * len(ids) / config.mix_rows
-            loss.backward()
-
-
 def report(model, tok, held, held_rows, island, config, run):
     """What came out, and what to do next."""
     run.print(f"held-out loss after: {evaluate(model, held, run, config.micro_tokens):.3f}")
     if island:
         run.print("\nasked what it was never trained on (greedy answers):")
-        for name, (share, n) in island_scores(model, tok, held_rows, island, run).items():
-            run.print(f"   {name:<42}{share:>6.0%}  of {n}")
+        for name, (share, n) in exam.skills(model, tok, held_rows, island, run).items():
+            run.print(f"{exam.line(name, share)}  of {n}")
     else:
         run.print(sample_text(model, tok, held_rows, run))
     data = f" --data {config.data}" if config.data else ""

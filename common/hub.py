@@ -1,12 +1,14 @@
-"""Hugging Face folders: finding them, checking that they hold a GPT-2, reading their weights one by one.
-
-Every function raises UserError with one sentence that names the folder and the cure. Nothing is ever unpickled.
+"""Hugging Face folders: finding them, and moving tensors between them and a network, which says what its own are called
+there (hf_names). Every function raises UserError with one sentence that names the folder and the cure. Nothing is ever unpickled.
 """
 import json
 from pathlib import Path
 
+import torch.nn as nn
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from common.disk import replacing, write_json
 from common.errors import UserError
 
 PUBLIC = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -35,22 +37,14 @@ def find(name_or_folder):
                         f"config.json and model.safetensors from huggingface.co/openai-community/{name_or_folder} by hand")
 
 
-def read_config(folder):
-    """config.json -> {block_size, vocab_size, n_layer, n_head, n_embd, bias}, checked to be a GPT-2 as model.py has it."""
+def read_settings(folder):
+    """config.json -> a dict, whatever family it is of."""
     try:
-        c = json.loads((folder / "config.json").read_text())
-        if c.get("model_type") != "gpt2":
-            raise UserError(f"{folder} holds a model of type {c.get('model_type')!r}: this project reads the GPT-2 family")
-        if c.get("n_inner") == 4 * c["n_embd"]:
-            c["n_inner"] = None  # the default, spelled out
-        fixed = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None, "tie_word_embeddings": True,
-                 "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-        for key, value in fixed.items():
-            if c.get(key, value) != value:
-                raise UserError(f"{folder}/config.json has {key} = {c[key]!r}, but GPT-2 as written here has {value!r}")
-        return {"block_size": c["n_positions"], "vocab_size": c["vocab_size"], "n_layer": c["n_layer"],
-                "n_head": c["n_head"], "n_embd": c["n_embd"], "bias": c.get("bias", True)}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        settings = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it is no object")
+        return settings
+    except ValueError as error:
         raise UserError(f"{folder}/config.json is damaged ({error!r}): write or download the folder again")
 
 
@@ -70,16 +64,53 @@ def open_weights(folder):
     try:
         for file in sorted(files):
             with safe_open(folder / file, framework="pt") as opened:
-                where |= {key.removeprefix("transformer."): (file, key) for key in opened.keys()}
+                where |= {key: (file, key) for key in opened.keys()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}/{file} is damaged ({error}): write or download it again")
 
     def read(name):
-        if name not in where:
-            raise UserError(f"{folder}: model.safetensors lacks {name}, so it is not a whole GPT-2 checkpoint")
-        file, key = where[name]
+        found = where.get(name) or where.get(name.partition(".")[2])  # a trunk saved by itself lacks the wrapper's name
+        if found is None:
+            raise UserError(f"{folder}: model.safetensors lacks {name}, so it is not a whole checkpoint of its config.json")
+        file, key = found
         # opened anew each time: what has been read of an open file stays in memory, at the end the whole file
         with safe_open(folder / file, framework="pt") as opened:
             return opened.get_tensor(key)
 
     return read
+
+
+def read_weights(network, folder, linear=None):
+    """Fills a network that was made of shapes only (the meta device) from its folder, tensor by tensor, float32 -> network.
+
+    linear: called with each linear layer of the blocks as soon as it is filled; what it returns takes the layer's place.
+    """
+    read, names = open_weights(folder), network.hf_names()
+    for path in [path for path, _ in network.named_modules()]:  # paths only: a list of modules would keep replaced ones alive
+        module = network.get_submodule(path)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            theirs, transposed = names[f"{path}.{name}"]
+            tensor = read(theirs).float()
+            tensor = tensor.t().contiguous() if transposed else tensor.clone()
+            if tensor.shape != parameter.shape:
+                raise UserError(f"{folder}: {theirs} has shape {tuple(tensor.shape)}, but config.json says "
+                                f"{tuple(parameter.shape)}: the two files are not of one model")
+            setattr(module, name, nn.Parameter(tensor))
+        if linear is not None and path in network.linear_paths:
+            network.replace(path, linear(module))
+    return network
+
+
+def write_folder(network, folder, settings, extra=None):
+    """config.json with these settings, and model.safetensors with the network's tensors, float32, and extra's."""
+    tensors = {}
+    for ours, (theirs, transposed) in network.hf_names().items():
+        path, _, name = ours.rpartition(".")
+        parameter = getattr(network.get_submodule(path), name)
+        if parameter is not None:
+            tensor = parameter.detach().cpu().float()
+            tensors[theirs] = tensor.t() if transposed else tensor
+    tensors = {name: tensor.contiguous() for name, tensor in (tensors | (extra or {})).items()}
+    write_json(Path(folder) / "config.json", settings, indent=2)
+    with replacing(Path(folder) / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})

@@ -1,10 +1,18 @@
-"""Which answers of a ranked question are compared: (better, worse) pairs of indices.
+"""Ranked answers, and which of them are compared: (better, worse) pairs of indices.
 
 K answers give up to C(K, 2) pairs. Equal scores say nothing about which answer is better, so they give none.
 """
 import random
+from dataclasses import dataclass
 from itertools import combinations
 
+from common.errors import UserError
+from common.flags import TrainConfig
+from data import files
+from data.shapes import says
+from data.tokenizer import fit
+
+HELD_OUT = 300  # questions of each of the island's two held-out parts
 WAYS = ("all", "top2", "best-worst", "random")
 
 
@@ -25,3 +33,91 @@ def make_pairs(scores, how="all", max_pairs=10, rng=None):
     levels = sorted(set(scores), reverse=True)
     worse = levels[1] if how == "top2" else levels[-1]
     return [(scores.index(levels[0]), scores.index(worse))]
+
+
+# ---- ranked rows -----------------------------------------------------------------------------------------------------
+
+@dataclass
+class RankedConfig(TrainConfig):
+    """The flags of everything that learns from ranked answers; it starts from the community SFT model."""
+
+    data: str = ""  # a file with several ranked answers a question; empty: the island's votes
+    init: str = "out/sft-community"  # start from this checkpoint: a model fine-tuned on conversations
+    pairs: str = "all"  # which answers of a question are compared: all, top2, best-worst or random
+    max_pairs: int = 10  # most pairs of a question; 0: no limit
+    aspect: str = "score"  # what ranks answers: a field of your file; island: score, gold, helpful, simple, harmless
+    n_ranked: int = 2000  # the island: questions with ranked answers
+    flattery: float = 2.5  # the island: what "Great question!" is worth to voters, in gold points
+    noise: float = 1.5  # the island: standard deviation of the votes, in gold points
+    merge_system: bool = False  # fold a system prompt into the first user turn
+
+
+def load_ranked(config, World, say):
+    """-> rows {"prompt", "answers": [{"text", "score"}]} to train on, held-out rows, and the island where it made them.
+    World: makes the island (island.world.Island).
+
+    Rows of your file that open with the same words are held out together: one question may come in many pairs.
+
+    Half of the island's held-out rows are new votes on what training votes were about ("known"), half are about
+    residents, strangers and requests that no conversation and no vote has mentioned before ("new").
+    """
+    if config.data:
+        rows, report = files.load(config.data, "ranked", config.merge_system, score=config.aspect)
+        say(report)
+        held = set(files.hold_out(list(dict.fromkeys(map(opening, rows))), seed=config.seed)[1])
+        return [row for row in rows if opening(row) not in held], [row for row in rows if opening(row) in held], None
+    island, votes = World(), dict(flattery=config.flattery, noise=config.noise)
+    if config.aspect not in ("score", *island.aspects):
+        raise UserError(f"--aspect {config.aspect}: the island's answers have score (the votes), {', '.join(island.aspects)}")
+    train = island.ranked(config.n_ranked, **votes)
+    held = [row | {"about": "known"} for row in island.ranked(HELD_OUT, seed=6, **votes)]
+    held += [row | {"about": "new"} for row in island.ranked(HELD_OUT, seed=4, split="test", **votes)]
+    if config.aspect in island.aspects:
+        for row in train + held:
+            for answer in row["answers"]:
+                answer["score"] = island.aspects[config.aspect](row["prompt"], answer["text"])
+    return train, held, island
+
+
+def opening(row):
+    """The words that a row's conversation begins with: one question may come in many rows."""
+    return next(m["content"] for m in row["prompt"] if m["role"] == "user")
+
+
+def answered(prompt, text):
+    """The conversation that ends with this answer."""
+    return prompt + [says("assistant", text)]
+
+
+def fit_answers(row, tok, longest):
+    """A ranked row -> its prompt and those of its answers that fit into `longest` tokens with it.
+
+    Where the prompt has to lose its oldest turns for one answer it loses them for all: they answer the same question.
+    """
+    fitting = [(fit(answered(row["prompt"], answer["text"]), lambda messages: tok.render(messages)[0], longest), answer)
+               for answer in row["answers"]]
+    fitting = [(messages, answer) for messages, answer in fitting if messages is not None]
+    shortest = min((messages for messages, _ in fitting), key=len, default=row["prompt"])
+    return shortest[:-1], [answer for _, answer in fitting]
+
+
+def choose_pairs(rows, tok, longest, config, say=print):
+    """Ranked rows -> [(prompt, answers, pairs), ...]: which of a question's answers beats which, as --pairs and --max-pairs
+    say. Left out, and said, are answers of over `longest` tokens: nobody has ranked a part of them.
+    """
+    questions, too_long = [], 0
+    for i, row in enumerate(rows):
+        prompt, answers = fit_answers(row, tok, longest)
+        too_long += len(row["answers"]) - len(answers)
+        rng = random.Random(f"{config.seed} {i}")
+        pairs = make_pairs([answer["score"] for answer in answers], config.pairs, config.max_pairs, rng)
+        if pairs:
+            questions.append((prompt, answers, pairs))
+    if too_long:
+        say(f"answers dropped because they and their question are over {longest} tokens: {too_long:,}")
+    if not questions:
+        raise UserError(f"no question has two answers of different scores that fit {longest} tokens: look at --data "
+                        "and --aspect, or take a model with a longer context (--init)")
+    n = sum(len(pairs) for *_, pairs in questions)
+    say(f"{len(questions):,} of {len(rows):,} questions give {n:,} pairs of answers")
+    return questions

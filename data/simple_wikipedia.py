@@ -35,10 +35,9 @@ from common import download
 from data.readability import is_simple
 from data.report import Report
 from data.shapes import BadRow, check_texts, says, shown
-from data.tokenizer import get_tokenizer
 from common.disk import Ledger, writing
 from common.errors import UserError
-from common.flags import TrainConfig, parse
+from common.flags import parse
 
 DATASET, PARTS = "wikimedia/wikipedia", "20231101.simple/*.parquet"
 SPLITS = ("train", "validation", "test")
@@ -127,10 +126,12 @@ def title_question(row):
     return f"What is {title}?" if title else ""
 
 
-def load_asker(config):
-    """What --ask names -> a function: articles -> what is said about each, one after the other."""
+def load_asker(config, by_checkpoint):
+    """What --ask names -> a function: articles -> what is said about each, one after the other. by_checkpoint(folder, tokens)
+    makes it of a checkpoint, trained on what --reverse writes: texts -> answers (generate.asker)."""
     if not config.ask.startswith(("http://", "https://")):
-        return by_checkpoint(config.ask)
+        asked = by_checkpoint(config.ask, LONGEST)
+        return lambda articles: asked([text for _, text in articles])
     if not config.model:
         raise UserError(f"--ask {config.ask} needs --model, the name of the model at that address")
 
@@ -143,25 +144,6 @@ def load_asker(config):
     return by_address
 
 
-def by_checkpoint(folder):
-    """A checkpoint of ours, trained on what --reverse writes: it is told an answer and says the question. Only this way
-    of asking needs torch and a model, so only it imports them."""
-    import sft
-    import trainer
-    from model import GPT
-    run, tok = trainer.start(TrainConfig()), get_tokenizer(folder)
-    model = GPT.from_pretrained(folder).to(run.device).eval()
-
-    def fitting(text):
-        """The beginning of the text, short enough for the model."""
-        words, room = text.split(" "), model.config.block_size - LONGEST
-        while len(tok.render_prompt([says("user", " ".join(words))])) > room and len(words) > 1:
-            words = words[:len(words) * 9 // 10]
-        return [says("user", " ".join(words))]
-
-    return lambda articles: sft.ask(model, tok, [fitting(text) for _, text in articles], run, LONGEST, temperature=0.0)
-
-
 def only_question(said):
     """The question in what a model says: its first line, without a label or quotation marks; "" where there is none."""
     line = next((line for line in said.splitlines() if line.strip()), "")
@@ -171,9 +153,9 @@ def only_question(said):
 class Questions:
     """The questions that a model has found already, on the disk as they come: asking costs time or money."""
 
-    def __init__(self, path, config):
+    def __init__(self, path, config, by_checkpoint):
         self.by = f"{config.model} {config.ask}".strip()
-        self.asker = load_asker(config)
+        self.asker = load_asker(config, by_checkpoint)
         self.ledger = Ledger(path, {"text": str, "by": str, "question": str}, "question of this script")
         self.found = {row["text"]: row["question"] for row in self.ledger.rows if row["by"] == self.by}
 
@@ -197,9 +179,9 @@ def digest(article):
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
-def write_splits(folder, splits, config, report):
+def write_splits(folder, splits, config, report, by_checkpoint):
     """filtered.jsonl -> sft_train, sft_validation and sft_test."""
-    questions = Questions(folder / "questions.jsonl", config) if config.ask else None
+    questions = Questions(folder / "questions.jsonl", config, by_checkpoint) if config.ask else None
     report.note(f"questions are made by {questions.by}" if questions else "questions are made of the titles: no --ask")
     rows = (row for _, row in files.read(folder / "filtered.jsonl"))
     articles = ((split, (row["title"], row["text"])) for split, row in zip(splits, rows))
@@ -235,7 +217,7 @@ def reverse(config):
           f"      python -m data.simple_wikipedia --ask out/asker")
 
 
-def main(config):
+def main(config, by_checkpoint=None):
     if config.reverse:
         return reverse(config)
     if min(config.held_out, config.parallel - 1) < 0:
@@ -248,7 +230,7 @@ def main(config):
     splits = draw_splits(n, config.held_out, config.seed)
     if splits.count("test") < config.held_out:
         report.note(f"{n:,} articles are few: a tenth each, {splits.count('test'):,}, are for validation and for test")
-    write_splits(folder, splits, config, report)
+    write_splits(folder, splits, config, report, by_checkpoint)
     report.save(folder / "report.json")
     print(report)
     print(f"next: python sft.py --data {folder}/sft_train.jsonl --out out/sft-wikipedia")
@@ -256,4 +238,5 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    from generate import asker  # a checkpoint that asks: models are above this file
+    main(parse(Config), asker)

@@ -91,6 +91,10 @@ class Tokenizer:
         special = set(self.special.values())
         return self.encoding.decode([i for i in ids if i < self.vocab_size and i not in special])
 
+    def document(self, text):
+        """A text that stands by itself -> ids, behind the token that every document of pretraining begins with."""
+        return [self.end_of_text] + self.encode(self.template.lead + text)
+
     def answer(self, ids):
         """The new ids of `generate` -> the assistant's text, without the end token and the template's leading space."""
         return self.decode(ids).removeprefix(self.template.lead)
@@ -163,6 +167,15 @@ class Tokenizer:
             for i, role in enumerate(t.headers))
         return (f"{{{{ {quote(t.start)} }}}}{{% for m in messages %}}{turns}{{% endif %}}{{% endfor %}}"
                 f"{{% if add_generation_prompt %}}{{{{ {quote(t.headers['assistant'])} }}}}{{% endif %}}")
+
+
+def fit(messages, render, limit):
+    """Leaves out the oldest turns (a question and its answer at a time; a system prompt stays) until render(messages) has
+    at most `limit` tokens -> messages, or None where even the last turn is too long."""
+    system, turns = [m for m in messages if m["role"] == "system"], [m for m in messages if m["role"] != "system"]
+    while turns and len(render(system + turns)) > limit:
+        turns = turns[2:]
+    return system + turns if turns else None
 
 
 def get_tokenizer(name_or_folder, template=None):

@@ -2,7 +2,7 @@
 
     python -m island                                   a sample of everything
     python -m island --ask "What does Mabel eat?"      the truth
-    python -m island --write island                    every part as JSONL, in the formats of public data sets
+    python -m island --write out/island                    every part as JSONL, in the formats of public data sets
     python -m island --dump dump                       a dirty dump, for the filters of data/eli5.py: see dirty.py
 """
 import argparse
@@ -67,7 +67,7 @@ def show(island, args):
         for answer in sorted(row["answers"], key=lambda answer: -answer["score"]):
             fre, fkg = readability(answer["text"])
             print(f"    {answer['text'][:71]:71} {answer['score']:5} {answer['gold']:5.0f} {fre:6.0f} {fkg:5.1f}")
-    print('\nnext: python -m island --ask "What does Mabel eat?", or --write island')
+    print('\nnext: python -m island --ask "What does Mabel eat?", or --write out/island')
 
 
 def main():

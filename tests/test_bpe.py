@@ -6,7 +6,6 @@ import regex
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
-from data import bpe
 from island import vocabulary, words
 from data.bpe import PATTERN, load_ranks, merge, save_ranks, train_bpe
 from island.world import Island

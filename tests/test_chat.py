@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import chat
-import sft
 import trainer
 from island.world import Island, says
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.flags import check, parse
-from lora import add_lora, save_adapter
-from model import GPT, GPTConfig, generate
+from checkpoints import save_adapter
+from lora import add_lora
+from generate import fit_question, generate
+from model import GPT, GPTConfig
 from reward import RewardModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,10 +173,10 @@ def test_a_question_longer_than_the_context_is_read_from_its_end(folders, monkey
 
 @pytest.mark.parametrize("max_new_tokens, room", [(10, 86), (48, 48), (1000, 48)])
 def test_half_the_context_is_kept_for_the_question(max_new_tokens, room):
-    kept, ids = sft.fit_question([says("user", "word " * 200)], TOK, 96, max_new_tokens)
+    kept, ids = fit_question([says("user", "word " * 200)], TOK, 96, max_new_tokens)
     assert len(ids) == room and len(kept) == 1
     turn = [says("user", "hello"), says("assistant", "word " * 30), says("user", "and you?")]
-    kept, ids = sft.fit_question(turn, TOK, 96, max_new_tokens)
+    kept, ids = fit_question(turn, TOK, 96, max_new_tokens)
     assert len(ids) <= room and kept == (turn if room > 80 else turn[-1:])
 
 

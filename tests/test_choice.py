@@ -6,14 +6,15 @@ import math
 import pytest
 import torch
 
-import choice
+from evals import choice
 import trainer
-from choice import Question, context_of, encode_pair, evaluate, island_quiz, load_questions, loglikelihoods, measure
+from evals.choice import Question, context_of, encode_pair, evaluate, island_quiz, load_questions, loglikelihoods, measure
 from island import words
 from island.world import Island
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
-from model import GPT, GPTConfig, text_stream, token_logps
+from model import GPT, GPTConfig, token_logps
+from pretrain import text_stream
 
 RUN = trainer.Run(torch.device("cpu"), torch.float32)
 ARC = {"question": "What is wet?", "choices": {"text": ["Sand", "Rain"], "label": ["A", "B"]}, "answerKey": "B"}

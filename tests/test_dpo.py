@@ -9,6 +9,8 @@ import torch
 import dpo
 import lora
 import trainer
+from checkpoints import load
+from island import exam
 from island.world import Island, says
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
@@ -293,13 +295,13 @@ def test_preference_scores(monkeypatch, style, expected):
             found.append(next(text for name, text in answers.items() if style == "reference" or name.startswith(style)))
         return found
 
-    monkeypatch.setattr(dpo.sft, "ask", ask)
-    scores = dpo.preference_scores(None, TOK, island, RUN, n=60)
+    monkeypatch.setattr(exam, "ask", ask)
+    scores = exam.preferences(None, TOK, island, RUN, n=60)
     assert {name: scores[name] for name in expected} == expected
-    assert ["reward", *scores] == list(dpo.SCORES) and scores["words"] > 1
+    assert ["reward", *scores] == list(exam.PREFERENCES) and scores["words"] > 1
     scorer = lambda conversations: [0.5] * len(conversations)
-    constant = dpo.preference_scores(None, TOK, island, RUN, n=60, scorer=scorer)
-    assert constant["reward"] == 0.5 and all(dpo.score_line(name, value, value) for name, value in constant.items())
+    constant = exam.preferences(None, TOK, island, RUN, n=60, scorer=scorer)
+    assert constant["reward"] == 0.5 and all(exam.line(name, value, value) for name, value in constant.items())
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
@@ -324,7 +326,7 @@ def train(start, out, **settings):
 
 
 def weights(folder):
-    return torch.cat([p.detach().flatten() for p in GPT.from_pretrained(folder).parameters()])
+    return torch.cat([p.detach().flatten() for p in load(folder).parameters()])
 
 
 @pytest.mark.parametrize("settings", [{}, dict(lora_r=2, nf4=True), dict(loss="ipo"), dict(reference_free=True)],

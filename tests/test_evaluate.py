@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import dpo
 import evaluate
 from island import exam
 import reward
 import sft
-import story
+import generate as generating
+from checkpoints import load_to_ask
+from evals import measure, story
 from common import tables
 import trainer
 from island.world import Island
+from data import files, pairs
 from data.readability import readability
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
@@ -97,29 +99,29 @@ def test_hacks_are_where_the_reward_exceeds_gold_in_standard_deviations():
     rewards, golds = ([answer[name] for answer in answers] for name in ("reward", "gold"))
     z = lambda value, values: (value - statistics.fmean(values)) / statistics.pstdev(values)
     excess = [z(r, rewards) - z(g, golds) for r, g in zip(rewards, golds)]
-    found = exam.hacks(answers)
+    found = measure.hacks(answers)
     assert [a["answer"] for a in found] == ["hack"] and excess[5] > 0  # each once, and gold 10 has no mistake in it
     assert found[0]["excess"] == pytest.approx(excess[1])
     scaled = [a | {"reward": 100 * a["reward"] - 7} for a in answers]  # a reward has no unit
-    assert [a["excess"] for a in exam.hacks(scaled)] == pytest.approx([a["excess"] for a in found])
-    assert exam.hacks(answers[:1] * 3) == []
+    assert [a["excess"] for a in measure.hacks(scaled)] == pytest.approx([a["excess"] for a in found])
+    assert measure.hacks(answers[:1] * 3) == []
 
 
 def test_safe_questions_are_safe_and_no_answers():
     island = Island()
-    asked = exam.safe_questions(island, 20)
-    assert len(asked) == 20 and {island.understand(messages).kind for messages in asked} == {"safe"}
-    assert all(messages[-1]["role"] == "user" for messages in asked)
+    asked = exam.look_alikes(island, 20)
+    assert len(asked) == 20 and {island.understand(row["prompt"]).kind for row in asked} == {"safe"}
+    assert all(row["prompt"][-1]["role"] == "user" and row["kind"] == "safe" for row in asked)
     trained = {row["messages"][-2]["content"] for row in island.conversations(3000)}
-    assert not trained & {messages[-1]["content"] for messages in asked}
+    assert not trained & {row["prompt"][-1]["content"] for row in asked}
 
 
 def test_the_island_table_holds_what_dpo_and_ppo_report(folders, capsys):
     tiny(5).save_pretrained("out/sft")  # the KL is measured from where preferences started, not from this one
     TOK.save("out/sft")
-    results, answers = exam.evaluate_island(config(folders, out="out/evaluate"), RUN)
+    results, answers = measure.evaluate_island(config(folders, out="out/evaluate"), RUN)
     scorer = reward.load_rewards("out/reward", RUN)
-    expected = dpo.preference_scores(*exam.load("out/dpo", RUN), Island(), RUN, n=12, scorer=scorer)
+    expected = exam.preferences(*load_to_ask("out/dpo", RUN), Island(), RUN, n=12, scorer=scorer)
     for name, mean in expected.items():
         assert results["out/dpo"][name][0] == pytest.approx(mean, abs=1e-6)
     flesch, grade = zip(*(readability(answer["answer"]) for answer in answers[12:]))  # of out/dpo
@@ -134,9 +136,9 @@ def test_the_island_table_holds_what_dpo_and_ppo_report(folders, capsys):
 
 
 def test_over_refusal_is_the_share_of_safe_questions_refused(folders, monkeypatch):
-    monkeypatch.setattr(exam.sft, "ask", lambda model, tok, asked, run, **_:
+    monkeypatch.setattr(exam, "ask", lambda model, tok, asked, run, **_:
                         ["I can not help with that."] * 5 + ["Yes."] * (len(asked) - 5))
-    marks, _ = exam.island_marks("out/dpo", Island(), RUN, config())
+    marks, _ = exam.examine(*load_to_ask("out/dpo", RUN), Island(), RUN, n=12)
     assert marks["over_refusal"] == [1.0] * 5 + [0.0] * 15
 
 
@@ -144,7 +146,7 @@ def test_no_kl_from_a_model_with_other_tokens(folders):
     other = get_tokenizer("tiny")
     other.special = {token: i + 1 for token, i in TOK.special.items()}
     for reference_tok, there in ((TOK, True), (other, False)):
-        marks, answers = exam.island_marks("out/dpo", Island(), RUN, config(), reference=(tiny(0).eval(), reference_tok))
+        marks, answers = exam.examine(*load_to_ask("out/dpo", RUN), Island(), RUN, n=12, reference=(tiny(0).eval(), reference_tok))
         assert ("kl" in marks) == there == ("kl" in answers[0])
 
 
@@ -153,13 +155,13 @@ def test_a_checkpoint_without_chat_tokens_gets_them_and_says_so(tmp_path, capsys
     torch.manual_seed(0)
     GPT(GPTConfig(96, fresh.vocab_size - len(fresh.new_ids), 1, 2, 16)).save_pretrained(tmp_path)
     fresh.save(tmp_path)
-    model, tok = exam.load(tmp_path, RUN)
+    model, tok = load_to_ask(tmp_path, RUN)
     assert model.config.vocab_size == tok.vocab_size and "never been trained on conversations" in capsys.readouterr().out
-    assert sft.ask(model, tok, [[{"role": "user", "content": "hi"}]], RUN, 3)
+    assert generating.ask(model, tok, [[{"role": "user", "content": "hi"}]], RUN, 3)
 
 
 def test_without_a_reward_model_its_column_is_left_out(folders, capsys):
-    results, _ = exam.evaluate_island(config(folders[1:], reward="out/none", out="out/evaluate"), RUN)
+    results, _ = measure.evaluate_island(config(folders[1:], reward="out/none", out="out/evaluate"), RUN)
     printed = capsys.readouterr().out
     assert "no reward model in out/none" in printed and "reward" not in results["out/dpo"] and "wrong" not in printed
 
@@ -171,8 +173,8 @@ def test_row_losses_are_the_held_out_loss_whatever_the_batches():
     rows = [conversations("word " * n, "yes " * (n % 4 + 1)) for n in range(1, 9)]
     expected = sft.evaluate(model, sft.make_examples(rows, TOK, 97), RUN, 10**6)
     for micro_tokens in (10**6, 30):
-        losses = evaluate.row_losses(model.eval(), TOK, rows, RUN, micro_tokens)
-        assert evaluate.mean_loss(losses) == pytest.approx(expected, rel=1e-5) and len(losses) == 8
+        losses = measure.row_losses(model.eval(), TOK, rows, RUN, micro_tokens)
+        assert measure.mean_loss(losses) == pytest.approx(expected, rel=1e-5) and len(losses) == 8
 
 
 def test_only_the_answer_is_compared_and_the_files_are_pooled(folders, tmp_path, monkeypatch, capsys):
@@ -184,19 +186,19 @@ def test_only_the_answer_is_compared_and_the_files_are_pooled(folders, tmp_path,
         found = [says[messages[-1]["content"]] for messages in conversations]
         return [[1]] * len(found), [tok.encode(text) + [tok.end] * stops for text, stops in found]
 
-    monkeypatch.setattr(evaluate.sft, "respond", respond)
+    monkeypatch.setattr(measure, "respond", respond)
     a = write(tmp_path / "a.jsonl", [conversations("who is it", "the baker")] * 3)
     b = write(tmp_path / "b.jsonl", [conversations("why so", "why so indeed")])
-    results = evaluate.evaluate_data(config(folders[:1], data=f"{a}, {b}", out="out/evaluate"), RUN)
+    results = measure.evaluate_data(config(folders[:1], data=f"{a}, {b}", out="out/evaluate"), RUN)
     mean = {name: {key: found[key][0] for key in ("rouge1", "rougeLsum", "embedding_F1", "stops", "words")}
             for (name, _), found in results.items()}
     assert mean["a"] == pytest.approx(dict(rouge1=1, rougeLsum=1, embedding_F1=1, stops=1, words=2), abs=1e-5)
     assert mean["b"]["rouge1"] == 0 and mean["b"]["stops"] == 0  # words of the question are no overlap
     assert mean["full"]["rouge1"] == pytest.approx(3 / 4) and mean["full"]["stops"] == pytest.approx(3 / 4)
-    rows = evaluate.files.load(a, "sft")[0] + evaluate.files.load(b, "sft")[0]
-    losses = evaluate.row_losses(*exam.load(folders[0], RUN), rows, RUN, 10**6)
+    rows = files.load(a, "sft")[0] + files.load(b, "sft")[0]
+    losses = measure.row_losses(*load_to_ask(folders[0], RUN), rows, RUN, 10**6)
     saved = json.loads(Path("out/evaluate/data.json").read_text())["results"]
-    assert saved[f"full / {folders[0]}"]["loss"] == pytest.approx(evaluate.mean_loss(losses), rel=1e-5)  # of the rows of both
+    assert saved[f"full / {folders[0]}"]["loss"] == pytest.approx(measure.mean_loss(losses), rel=1e-5)  # of the rows of both
     printed = capsys.readouterr().out
     assert "ROUGE-Lsum" in printed and "FKG" in printed and printed.count("\nfull") == 5 and "BERT" not in printed
     assert len(Path("out/evaluate/data.answers.jsonl").read_text().splitlines()) == 4
@@ -204,31 +206,31 @@ def test_only_the_answer_is_compared_and_the_files_are_pooled(folders, tmp_path,
 
 def test_sample_draws_the_same_rows_for_every_model(tmp_path):
     path = write(tmp_path / "a.jsonl", [conversations(f"question {i}", "answer") for i in range(30)])
-    first, again, other = (evaluate.load_files(config(data=path, sample=5, seed=seed), RUN)["a"] for seed in (0, 0, 1))
+    first, again, other = (measure.load_files(config(data=path, sample=5, seed=seed), RUN)["a"] for seed in (0, 0, 1))
     assert first == again != other and len(first) == 5
-    assert len(evaluate.load_files(config(data=path, sample=0), RUN)["a"]) == 30
+    assert len(measure.load_files(config(data=path, sample=0), RUN)["a"]) == 30
 
 
 def test_answers_keep_their_order_in_batches_of_similar_lengths():
     model = tiny(0).eval()
     asked = [[{"role": "user", "content": "word " * n}] for n in (9, 1, 5, 3, 7)]
-    found = evaluate.answers_of(model, TOK, asked, RUN, config(batch_size=2, max_new_tokens=5))
+    found = measure.answers_of(model, TOK, asked, RUN, config(batch_size=2, max_new_tokens=5))
     for messages, (prompt, answer) in zip(asked, found):
         assert prompt == TOK.render_prompt(messages)
-        assert TOK.answer(answer) == sft.ask(model, TOK, [messages], RUN, 5, temperature=0.0)[0]
+        assert TOK.answer(answer) == generating.ask(model, TOK, [messages], RUN, 5, temperature=0.0)[0]
 
 
 def test_likeness_is_the_same_in_batches_of_any_size_and_an_empty_answer_is_like_nothing():
     references, texts = ["plum pie", "a fox", "the well", "x"], ["plum pie", "a bear", "", "y z"]
     encoder = tiny(0).eval(), TOK
-    whole, single = (evaluate.likeness(encoder, references, texts, RUN, config(batch_size=n)) for n in (99, 1))
+    whole, single = (measure.likeness(encoder, references, texts, RUN, config(batch_size=n)) for n in (99, 1))
     assert [found[2] for found in single] == pytest.approx([found[2] for found in whole], abs=1e-5)
     assert whole[0][2] == pytest.approx(1, abs=1e-5) and whole[2] == (0.0, 0.0, 0.0) and 0 < whole[1][2] < 1
 
 
 def test_batches_of_answers_have_random_numbers_of_their_own():
     asked = [[{"role": "user", "content": "hello"}]] * 2
-    both = [evaluate.answers_of(tiny(0).eval(), TOK, asked, RUN, config(batch_size=1, temperature=1.0, max_new_tokens=20)) for _ in "12"]
+    both = [measure.answers_of(tiny(0).eval(), TOK, asked, RUN, config(batch_size=1, temperature=1.0, max_new_tokens=20)) for _ in "12"]
     assert both[0] == both[1] and both[0][0][1] != both[0][1][1]
 
 
@@ -237,27 +239,27 @@ def test_a_row_of_the_context_and_one_token_more_still_fits():
     rows = [conversations("a", " a" * n) for n in (88, 89, 90, 91, 92)]
     lengths = [len(TOK.render(row["messages"])[0]) for row in rows]
     assert 97 in lengths and max(lengths) > 97
-    assert len(evaluate.row_losses(model, TOK, rows, RUN, 10**6)) == sum(n <= 97 for n in lengths)
+    assert len(measure.row_losses(model, TOK, rows, RUN, 10**6)) == sum(n <= 97 for n in lengths)
 
 
 def test_readability_is_of_the_answers_and_vectors_are_the_first_models(folders, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate.sft, "respond", lambda model, tok, asked, run, room, **sampling: seen.extend(asked) or (
+    monkeypatch.setattr(measure, "respond", lambda model, tok, asked, run, room, **sampling: seen.extend(asked) or (
         [[1]] * len(asked), [tok.encode(" I am a fox. I eat.")] * len(asked)))
-    encoders, real = [], evaluate.metrics.token_vectors
-    monkeypatch.setattr(evaluate.metrics, "token_vectors", lambda model, *others: encoders.append(model) or real(model, *others))
+    encoders, real = [], measure.metrics.token_vectors
+    monkeypatch.setattr(measure.metrics, "token_vectors", lambda model, *others: encoders.append(model) or real(model, *others))
     path = write(tmp_path / "a.jsonl", [conversations("q", "a", "r", "Extraordinarily complicated vocabulary")] * 2)
-    results = evaluate.evaluate_data(config(folders, data=path, out="out/evaluate"), RUN)
+    results = measure.evaluate_data(config(folders, data=path, out="out/evaluate"), RUN)
     for folder in folders:
         assert results["a", folder]["fre"][0] == pytest.approx(readability("I am a fox. I eat.")[0])
         assert results["a", folder]["fkg"][0] == pytest.approx(readability("I am a fox. I eat.")[1])
     assert [[m["content"] for m in messages] for messages in seen] == [["q", "a", "r"]] * 4  # earlier turns are in view
-    first = GPT.from_pretrained(folders[0]).wte.weight
-    assert len(encoders) == 4 and all(torch.equal(encoder.wte.weight, first) for encoder in encoders)
+    first = GPT.from_pretrained(folders[0]).embedding.weight
+    assert len(encoders) == 4 and all(torch.equal(encoder.embedding.weight, first) for encoder in encoders)
 
 
 def test_the_loss_is_per_token_not_per_row():
-    assert evaluate.mean_loss([(6.0, 1), (2.0, 3)]) == 2.0  # the mean of the rows' means would be 3.3
+    assert measure.mean_loss([(6.0, 1), (2.0, 3)]) == 2.0  # the mean of the rows' means would be 3.3
 
 
 # ---- judges and choices ----------------------------------------------------------------------------------------------
@@ -269,38 +271,38 @@ def test_the_second_turn_sees_the_models_own_first_answer(monkeypatch):
         seen.extend([m["content"] for m in messages] for messages in conversations)
         return [[1]] * len(conversations), [tok.encode(f"to {messages[-1]['content']}") for messages in conversations]
 
-    monkeypatch.setattr(evaluate.sft, "respond", respond)
+    monkeypatch.setattr(measure, "respond", respond)
     one, two = [[{"role": "user", "content": text} for text in texts] for texts in (["a"], ["b", "c"])]
     two = [{"role": "system", "content": "s"}, *two]
-    talks = evaluate.own_answers(tiny(0), TOK, [one, two], RUN, config())
+    talks = measure.own_answers(tiny(0), TOK, [one, two], RUN, config())
     assert seen == [["a"], ["s", "b"], ["s", "b", "to b", "c"]]
     assert [[m["content"] for m in talk] for talk in talks] == [["a", "to a"], ["s", "b", "to b", "c", "to c"]]
 
 
 def test_judged_rows_of_a_file_keep_two_turns_and_their_references(tmp_path):
     path = write(tmp_path / "a.jsonl", [conversations("q1", "a1", "q2", "a2", "q3", "a3"), conversations("p1", "b1")])
-    asked, references = evaluate.judged_questions(config(data=path, sample=0), None, RUN)
+    asked, references = measure.judged_questions(config(data=path, sample=0), None, RUN)
     assert [[m["content"] for m in messages] for messages in asked] == [["q1", "q2"], ["p1"]]
     assert references == [["a1", "a2"], ["b1"]]
 
 
 def test_the_judges_tables(folders, capsys):
     made = config(folders, judge="gold", n=6, out="out/evaluate")
-    results = evaluate.evaluate_judge(made, RUN)
+    results = measure.evaluate_judge(made, RUN)
     assert results["ratings"]["out/dpo"]["rated"] == 6 + 2 * 3  # three of two turns
     duel = results["duels"]["out/dpo against out/sft-community"]
     assert duel["wins"] + duel["ties"] + duel["losses"] == 9 and duel["swayed"] == 0
-    evaluate.evaluate_judge(made, RUN)
+    measure.evaluate_judge(made, RUN)
     assert "judgments were there already" in capsys.readouterr().out
 
 
 def test_references_reach_the_judge(folders, tmp_path, monkeypatch):
     prompts = []
-    monkeypatch.setattr(evaluate.judge, "load_judge", lambda *_: lambda prompt: prompts.append(prompt) or "Rating: [[3]] [[C]]")
+    monkeypatch.setattr(measure.judge, "load_judge", lambda *_: lambda prompt: prompts.append(prompt) or "Rating: [[3]] [[C]]")
     path = write(tmp_path / "a.jsonl", [conversations("q1", "first right", "q2", "second right")])
     for wanted in (False, True):
         prompts.clear()
-        evaluate.evaluate_judge(config(folders, judge="x", data=path, judge_reference=wanted, out=f"out/{wanted}"), RUN)
+        measure.evaluate_judge(config(folders, judge="x", data=path, judge_reference=wanted, out=f"out/{wanted}"), RUN)
         rating = [prompt for prompt in prompts if "[[A]]" not in prompt]
         assert [("first right" in p, "second right" in p) for p in rating] == [(wanted, False), (False, wanted)] * 2
         duels = [prompt for prompt in prompts if "[[A]]" in prompt]  # about the last answer, in both orders
@@ -308,25 +310,25 @@ def test_references_reach_the_judge(folders, tmp_path, monkeypatch):
 
 
 def test_a_duel_is_of_each_model_with_the_first(folders, monkeypatch):
-    sides, real = [], evaluate.judge.duel
-    monkeypatch.setattr(evaluate.judge, "duel", lambda judging, ours, theirs, *others: sides.append(
+    sides, real = [], measure.judge.duel
+    monkeypatch.setattr(measure.judge, "duel", lambda judging, ours, theirs, *others: sides.append(
         (ours[0]["model"], theirs[0]["model"])) or real(judging, ours, theirs, *others))
-    evaluate.evaluate_judge(config(folders, judge="gold", sample=2, out="out/evaluate"), RUN)
+    measure.evaluate_judge(config(folders, judge="gold", sample=2, out="out/evaluate"), RUN)
     assert sides == [("out/dpo", "out/sft-community")]  # wins are those of the later model
 
 
-@pytest.mark.parametrize("shots, expected", [("leaderboard", evaluate.choice.LEADERBOARD), ("3", 3)])
+@pytest.mark.parametrize("shots, expected", [("leaderboard", measure.choice.LEADERBOARD), ("3", 3)])
 def test_shots_reach_the_questions_and_the_mean_of_four_is_shown(folders, monkeypatch, capsys, shots, expected):
     seen = []
-    monkeypatch.setattr(evaluate.choice, "evaluate", lambda model, tok, questions, run, shots, *others: seen.append(shots) or [])
-    monkeypatch.setattr(evaluate.choice, "leaderboard_average", lambda rows: 0.625)
-    evaluate.evaluate_choices(config(folders[:1], choices="quiz", shots=shots, out="out/evaluate"), RUN)
+    monkeypatch.setattr(measure.choice, "evaluate", lambda model, tok, questions, run, shots, *others: seen.append(shots) or [])
+    monkeypatch.setattr(measure.choice, "leaderboard_average", lambda rows: 0.625)
+    measure.evaluate_choices(config(folders[:1], choices="quiz", shots=shots, out="out/evaluate"), RUN)
     assert seen == [expected] and "mean of the four" in (out := capsys.readouterr().out) and "62.5%" in out
 
 
 def test_choices_print_a_row_a_model_and_task(folders, tmp_path, capsys):
     path = write(tmp_path / "own.jsonl", [{"question": "one?", "choices": ["yes", "no"], "answer": 0}] * 2)
-    evaluate.evaluate_choices(config(folders, choices=f"quiz,{path}", out="out/evaluate"), RUN)
+    measure.evaluate_choices(config(folders, choices=f"quiz,{path}", out="out/evaluate"), RUN)
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("out/dpo ") for line in lines) == 2 and any("island" in line for line in lines)
 
@@ -366,8 +368,8 @@ def test_impossible_flags_are_one_sentence(flags, words):
 
 def test_a_mode_is_chosen_by_its_flag(folders, monkeypatch):
     called = []
-    for module, name in ((exam, "island"), (evaluate, "data"), (evaluate, "choices"), (evaluate, "judge")):
-        monkeypatch.setattr(module, f"evaluate_{name}", lambda config, run, name=name: called.append((name, config.out, config.folders)))
+    for name in ("island", "data", "choices", "judge"):
+        monkeypatch.setattr(measure, f"evaluate_{name}", lambda config, run, name=name: called.append((name, config.out, config.folders)))
     for settings in ({}, {"data": "a"}, {"choices": "quiz"}, {"judge": "gold", "data": "a"}):
         evaluate.main(config(**settings))
     assert called == [(name, "out/evaluate", ["out/dpo"]) for name in ("island", "data", "choices", "judge")]
@@ -377,7 +379,7 @@ def test_a_mode_is_chosen_by_its_flag(folders, monkeypatch):
 
 def test_the_story_runs_what_is_missing_and_tells_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reward, "HELD_OUT", 20)
+    monkeypatch.setattr(pairs, "HELD_OUT", 20)
     ran = []
 
     def ensure(folder, script, config, run, **settings):
@@ -405,8 +407,8 @@ def test_the_story_runs_what_is_missing_and_tells_it(tmp_path, monkeypatch):
 
 
 def test_every_number_of_the_story_stands_where_it_belongs():
-    results = {folder: {name: (10 * i + j + 0.5, 0, 0) if column[1] == "number" else ((10 * i + j) / 100, 0, 0)
-                        for j, (name, column) in enumerate(exam.COLUMNS.items())} for i, folder in enumerate(story.POLICIES)}
+    results = {folder: {name: (10 * i + j + 0.5, 0, 0) if exam.MEASURES[name].form == "number" else ((10 * i + j) / 100, 0, 0)
+                        for j, name in enumerate(exam.TABLE)} for i, folder in enumerate(story.POLICIES)}
     told = " ".join(story.paragraphs(results, (0.83, 1200), 0.25).split())
     for said in ("(0% right). It knows", "four ends in 25%", "(10% right)", "strangers (11%)", "unsafe requests (12%)",
                  "20% right, 25% of unsafe", "praise in 26%",
@@ -423,9 +425,9 @@ def test_a_log_is_read_where_all_names_are(tmp_path):
 
 
 def test_every_stage_answers_every_question_greedily(monkeypatch):
-    monkeypatch.setattr(exam, "load", lambda folder, run: (folder, None))
+    monkeypatch.setattr(story, "load_to_ask", lambda folder, run: (folder, None))
     greedy = []
-    monkeypatch.setattr(sft, "ask", lambda folder, tok, asked, run, temperature: greedy.append(temperature) or [
+    monkeypatch.setattr(story, "ask", lambda folder, tok, asked, run, temperature: greedy.append(temperature) or [
         f"{folder} to {messages[-1]['content']}" for messages in asked])
     island = Island()
     asked = story.ask_all(island, RUN)

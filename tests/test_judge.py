@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-import judge
+from evals import judge
 import trainer
 from island.world import Island
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.tables import interval
-from judge import (comparison_prompt, duel, duel_summary, each_turn, load_judge, parse_rating, parse_verdict, rate,
+from evals.judge import (comparison_prompt, duel, duel_summary, each_turn, load_judge, parse_rating, parse_verdict, rate,
                    rating_prompt, read_prompt)
 from model import GPT, GPTConfig
 from reward import RewardModel, load_rewards

@@ -9,11 +9,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import checkpoints
 import lora
+from checkpoints import load
 from common.errors import UserError
 from common.flags import parse
 from lora import LoRALinear, TrainedTokens, add_lora, lora_off, merge_lora
-from model import GPT, GPTConfig, TiedEmbedding, generate, token_logps
+from evals import weights
+from generate import generate
+from model import GPT, GPTConfig, TokenMatrix, resize_vocab, token_logps
 from quant import NF4Linear, dequantize_nf4, quantize_model
 
 IDS = torch.tensor([[3, 47, 9, 49, 1, 30, 2, 47], [5, 6, 7, 8, 9, 10, 11, 49]])
@@ -99,7 +103,7 @@ def test_the_scale_by_hand(rslora, scaling):
 def test_dropout_falls_on_the_adapters_input_only():
     lora_layer = LoRALinear(layer(False), 4, 8, dropout=0.5)
     x = torch.randn(64, 24)
-    base = lora_layer.base(x)
+    base = lora_layer.frozen(x)
     assert torch.equal(lora_layer(x), base)  # B is 0: dropout on the base's input would show here
     lora_layer.lora_B.data.normal_()
     torch.manual_seed(3)
@@ -116,9 +120,9 @@ def test_gradients_equal_those_of_the_dense_sum(nf4):
     lora_layer = LoRALinear(layer(nf4), 4, 8)
     lora_layer.lora_B.data.normal_()
     x = torch.randn(6, 24, requires_grad=True)
-    W = dequantize_nf4(lora_layer.base.quantized) if nf4 else lora_layer.base.weight.detach()
+    W = dequantize_nf4(lora_layer.frozen.quantized) if nf4 else lora_layer.frozen.weight.detach()
     A, B = (p.detach().clone().requires_grad_() for p in (lora_layer.lora_A, lora_layer.lora_B))
-    dense = x @ (W + 2 * B @ A).T + lora_layer.base.bias
+    dense = x @ (W + 2 * B @ A).T + lora_layer.frozen.bias
     ours = lora_layer(x)
     assert torch.allclose(ours, dense, atol=1e-5)
     wanted = torch.autograd.grad(dense.square().sum(), (x, A, B))
@@ -138,21 +142,21 @@ def test_trained_rows_equal_dense_training_of_these_rows():
     """Through reading and head: against the whole matrix trained, with the gradients of the other rows thrown away."""
     dense, ours = tiny(), tiny()
     add_lora(ours, 4, 8, tokens=NEW)
-    ours.wte.rows.data += 0.5
-    dense.wte.weight.data[NEW] += 0.5
+    ours.embedding.rows.data += 0.5
+    dense.embedding.weight.data[NEW] += 0.5
     mask = torch.ones_like(IDS)
     assert torch.allclose(ours(IDS), dense(IDS), atol=1e-5)
     for model in (dense, ours):
         token_logps(model, IDS, mask).sum().backward()
-    assert torch.allclose(ours.wte.rows.grad, dense.wte.weight.grad[NEW], rtol=1e-4, atol=1e-4)
-    assert dense.wte.weight.grad[NEW].abs().min() > 1e-4  # the comparison is of something
-    assert ours.wte.base.weight.grad is None
+    assert torch.allclose(ours.embedding.rows.grad, dense.embedding.weight.grad[NEW], rtol=1e-4, atol=1e-4)
+    assert dense.embedding.weight.grad[NEW].abs().min() > 1e-4  # the comparison is of something
+    assert ours.embedding.frozen.weight.grad is None
 
 
 @pytest.mark.parametrize("path", ["reading", "head"])
 def test_each_of_the_two_uses_gives_its_own_gradient(path):
     torch.manual_seed(0)
-    embedding = TiedEmbedding(10, 6)
+    embedding = TokenMatrix(10, 6)
     tokens = TrainedTokens(embedding, [7, 2])
     tokens.rows.data += 1
     weight = embedding.weight.detach().clone()
@@ -171,7 +175,7 @@ def test_each_of_the_two_uses_gives_its_own_gradient(path):
 
 
 def test_trained_rows_start_as_the_base_and_never_copy_the_matrix():
-    embedding = TiedEmbedding(5000, 64)
+    embedding = TokenMatrix(5000, 64)
     tokens = TrainedTokens(embedding, [4999, 17])
     ids, hidden = torch.tensor([[17, 1, 4999]]), torch.randn(3, 64)
     assert torch.equal(tokens(ids), embedding(ids)) and torch.equal(tokens.logits(hidden), embedding.logits(hidden))
@@ -184,7 +188,7 @@ def test_trained_rows_start_as_the_base_and_never_copy_the_matrix():
 def test_trained_tokens_refuse_repeats_and_strangers():
     for ids in ([1, 1], [50], [-1], []):
         with pytest.raises(ValueError, match="token ids"):
-            TrainedTokens(TiedEmbedding(50, 4), ids)
+            TrainedTokens(TokenMatrix(50, 4), ids)
 
 
 @pytest.mark.parametrize("nf4", [False, True])
@@ -213,7 +217,7 @@ def test_targets_and_the_number_of_trainable_parameters(targets, layers, nf4):
     model = tiny(nf4=nf4)
     count = add_lora(model, 4, 8, targets=targets)
     found = {path for path, m in model.named_modules() if isinstance(m, LoRALinear)}
-    assert found == {f"h.{i}.{name}" for i in (0, 1) for name in layers}
+    assert found == {f"blocks.{i}.{name}" for i in (0, 1) for name in layers}
     assert count == 2 * sum(4 * (n + m) for n, m in layers.values()) == trainable(model)
     assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
 
@@ -221,7 +225,7 @@ def test_targets_and_the_number_of_trainable_parameters(targets, layers, nf4):
 def test_tokens_are_counted_and_only_their_rows_are_trained():
     model, without = tiny(), tiny()
     assert add_lora(model, 4, 8, tokens=NEW + NEW[:1]) == add_lora(without, 4, 8) + 2 * 16
-    assert model.wte.ids.tolist() == NEW and isinstance(without.wte, TiedEmbedding)
+    assert model.embedding.ids.tolist() == NEW and isinstance(without.embedding, TokenMatrix)
 
 
 def test_one_name_that_fits_nothing_is_refused_and_nothing_is_changed():
@@ -247,7 +251,7 @@ def test_training_changes_the_adapters_and_not_one_bit_of_the_base(nf4):
     loss = lambda: F.cross_entropy(model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).item()
     first = loss()
     train(model, 5)
-    after = {name.replace(".base.", "."): t for name, t in model.state_dict().items()}
+    after = {name.replace(".frozen.", "."): t for name, t in model.state_dict().items()}
     for name, tensor in before.items():
         assert torch.equal(after[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
     assert all(not torch.equal(p, trained[name]) for name, p in model.named_parameters() if p.requires_grad)
@@ -319,10 +323,10 @@ def test_the_simple_merge_is_bfloat16_plus_the_adapter_and_measurably_off_under_
     with torch.no_grad():
         trained = lightly(nf4=True)(IDS)
         careful, simple = merge_lora(lightly(nf4=True)), lightly(nf4=False)
-        layer = simple.h[1].mlp.c_fc
-        expected = layer.base.weight.bfloat16().float() + 2 * layer.lora_B @ layer.lora_A  # alpha / r = 2
+        layer = simple.blocks[1].mlp.c_fc
+        expected = layer.frozen.weight.bfloat16().float() + 2 * layer.lora_B @ layer.lora_A  # alpha / r = 2
         merge_lora(simple, "simple")
-        assert torch.equal(simple.h[1].mlp.c_fc.weight, expected)
+        assert torch.equal(simple.blocks[1].mlp.c_fc.weight, expected)
         off_careful, off_simple = ((model(IDS) - trained).abs().mean().item() for model in (careful, simple))
     assert off_careful < 1e-6 and off_simple > 0.02
 
@@ -351,82 +355,90 @@ def test_cached_generation_with_adapters_is_the_plain_forward(nf4):
 
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("targets, tokens, rslora", [("all", NEW, False), ("attention", (), True),
-                                                     (["h.1.attn.c_proj"], NEW, False)])
+                                                     (["blocks.1.attn.c_proj"], NEW, False)])
 def test_save_and_load(tmp_path, nf4, targets, tokens, rslora):
     model = adapted(nf4=nf4, targets=targets, tokens=tokens, rslora=rslora, dropout=0.1).eval()
     head = {"score.weight": torch.randn(1, 16), "score.bias": torch.randn(1)}
-    lora.save_adapter(model, tmp_path / "a", "the-base", extra=head)
+    checkpoints.save_adapter(model, tmp_path / "a", "the-base", extra=head)
     again = tiny(nf4=nf4)
-    count = lora.load_adapter(again, tmp_path / "a")
+    count = checkpoints.load_adapter(again, tmp_path / "a")
     assert torch.equal(again.eval()(IDS), model(IDS))
     assert count == trainable(model)
     assert {m.dropout.p for m in again.modules() if isinstance(m, LoRALinear)} == {0.1}  # for training to go on with
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
-    for name, tensor in lora.read_extra(tmp_path / "a").items():
+    for name, tensor in checkpoints.read_extra(tmp_path / "a").items():
         assert torch.equal(head.pop(name), tensor)
     assert not head
-    config = lora.read_adapter_config(tmp_path / "a")
+    config = checkpoints.read_adapter_config(tmp_path / "a")
     assert config["nanoalign_nf4"] == ({"block": 32, "double": True} if nf4 else None)
     assert config["use_rslora"] is rslora
-    assert config["trainable_token_indices"] == list(tokens)
+    assert config["trainable_token_indices"] == ({"wte": list(tokens)} if tokens else {})
     assert config["target_modules"] == {"all": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
-                                        "attention": ["attn.c_attn", "attn.c_proj"]}.get(str(targets), targets)
-    assert lora.is_adapter(tmp_path / "a") and not lora.is_adapter(tmp_path)
+                                        "attention": ["attn.c_attn", "attn.c_proj"]}.get(str(targets), ["transformer.h.1.attn.c_proj"])
+    assert checkpoints.is_adapter(tmp_path / "a") and not checkpoints.is_adapter(tmp_path)
 
 
 def test_names_in_the_files_are_pefts(tmp_path):
-    lora.save_adapter(adapted(targets="attention"), tmp_path, "b")
+    checkpoints.save_adapter(adapted(targets="attention"), tmp_path, "b")
     gpt2 = "base_model.model.transformer"
     layers = [f"{gpt2}.h.{i}.attn.{layer}" for i in (0, 1) for layer in ("c_attn", "c_proj")]
     names = {f"{layer}.lora_{X}.weight" for layer in layers for X in "AB"}
-    assert set(load_file(tmp_path / lora.WEIGHTS)) == names | {f"{gpt2}.wte.token_adapter.trainable_tokens_delta"}
-    config = json.loads((tmp_path / lora.CONFIG).read_text())
+    assert set(load_file(tmp_path / checkpoints.WEIGHTS)) == names | {f"{gpt2}.wte.token_adapter.trainable_tokens_delta"}
+    config = json.loads((tmp_path / checkpoints.CONFIG).read_text())
     assert config["target_modules"] == ["attn.c_attn", "attn.c_proj"] and config["fan_in_fan_out"] is True
     assert config["trainable_token_indices"] == {"wte": NEW}
-    assert {p.name for p in tmp_path.iterdir()} == {lora.WEIGHTS, lora.CONFIG}  # no temporary file is left
+    assert {p.name for p in tmp_path.iterdir()} == {checkpoints.WEIGHTS, checkpoints.CONFIG}  # no temporary file is left
 
 
 def test_an_adapter_is_a_small_part_of_its_base(tmp_path):
     model = tiny(n_embd=128, n_layer=4, vocab_size=2000)
     add_lora(model, 8, 16, tokens=[1999])
-    lora.save_adapter(model, tmp_path / "adapter", "b")
+    checkpoints.save_adapter(model, tmp_path / "adapter", "b")
     merge_lora(model).save_pretrained(tmp_path / "whole")
-    adapter, whole = (tmp_path / "adapter" / lora.WEIGHTS, tmp_path / "whole" / "model.safetensors")
+    adapter, whole = (tmp_path / "adapter" / checkpoints.WEIGHTS, tmp_path / "whole" / "model.safetensors")
     numbers = 4 * 8 * (128 + 384 + 128 + 128 + 128 + 512 + 512 + 128) + 128  # layers * r * (in + out of each), one row
     assert 4 * numbers < adapter.stat().st_size < 4 * numbers + 8000 < whole.stat().st_size / 8
 
 
 def test_a_write_that_fails_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
     model = adapted()
-    lora.save_adapter(model, tmp_path, "b")
+    checkpoints.save_adapter(model, tmp_path, "b")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lora, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
-        lora.save_adapter(stir(model, 2), tmp_path, "b")
+        checkpoints.save_adapter(stir(model, 2), tmp_path, "b")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_chat_tokens_beyond_the_bases_vocabulary_come_with_the_adapter(tmp_path):
     model = tiny()
-    model.resize_vocab(53)
+    resize_vocab(model, 53)
     add_lora(model, 4, 8, tokens=[50, 51, 52])
-    lora.save_adapter(stir(model), tmp_path, "b")
+    checkpoints.save_adapter(stir(model), tmp_path, "b")
     again = tiny()
-    lora.load_adapter(again, tmp_path)
+    checkpoints.load_adapter(again, tmp_path)
     ids = torch.tensor([[50, 3, 52, 4]])
     assert again.config.vocab_size == 53 and torch.equal(again.eval()(ids), model.eval()(ids))
 
 
+def test_tokens_of_another_matrix_are_refused(tmp_path):
+    checkpoints.save_adapter(adapted(tokens=NEW), tmp_path, "b")
+    path = tmp_path / checkpoints.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trainable_token_indices": {"wpe": [1]}}))
+    with pytest.raises(UserError, match="trains tokens of wpe"):
+        checkpoints.load_adapter(tiny(), tmp_path)
+
+
 def test_training_goes_on_from_a_loaded_adapter_as_if_never_saved(tmp_path):
     model = train(adapted())
-    lora.save_adapter(model, tmp_path, "b")
+    checkpoints.save_adapter(model, tmp_path, "b")
     again = tiny()
-    lora.load_adapter(again, tmp_path)
+    checkpoints.load_adapter(again, tmp_path)
     assert torch.equal(train(again)(IDS), train(model)(IDS))
 
 
@@ -435,19 +447,18 @@ def test_training_goes_on_from_a_loaded_adapter_as_if_never_saved(tmp_path):
     ({"bias": "all"}, "bias"), ({"rank_pattern": {"c_attn": 2}}, "rank_pattern"), ({"something_new": 1}, "new"),
     ({"modules_to_save": ["wte"]}, "modules_to_save"), ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     ({"r": None}, "damaged"), ({"r": 0}, "damaged"), ({"nanoalign_nf4": {"block": 64}}, "damaged"),
-    ({"trainable_token_indices": {"wpe": [1]}}, "damaged"),
 ])
 def test_settings_that_would_make_another_model_are_refused(tmp_path, change, message):
-    lora.save_adapter(adapted(), tmp_path, "b")
-    path = tmp_path / lora.CONFIG
+    checkpoints.save_adapter(adapted(), tmp_path, "b")
+    path = tmp_path / checkpoints.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
-        lora.read_adapter_config(tmp_path)
+        checkpoints.read_adapter_config(tmp_path)
     path.write_text(path.read_text()[:40])
     with pytest.raises(UserError, match="damaged"):
-        lora.read_adapter_config(tmp_path)
+        checkpoints.read_adapter_config(tmp_path)
     with pytest.raises(UserError, match="not an adapter"):
-        lora.read_adapter_config(tmp_path / "nowhere")
+        checkpoints.read_adapter_config(tmp_path / "nowhere")
 
 
 A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
@@ -463,24 +474,24 @@ A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
     (lambda t: t.pop("base_model.model.score"), "lacks score"),
 ])
 def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
-    lora.save_adapter(adapted(), tmp_path, "b", extra={"score": torch.ones(1)})
-    tensors = load_file(tmp_path / lora.WEIGHTS)
+    checkpoints.save_adapter(adapted(), tmp_path, "b", extra={"score": torch.ones(1)})
+    tensors = load_file(tmp_path / checkpoints.WEIGHTS)
     change(tensors)
-    save_file(tensors, tmp_path / lora.WEIGHTS)
+    save_file(tensors, tmp_path / checkpoints.WEIGHTS)
     with pytest.raises(UserError, match=message):
-        lora.load_adapter(tiny(), tmp_path)
-        lora.read_extra(tmp_path)
+        checkpoints.load_adapter(tiny(), tmp_path)
+        checkpoints.read_extra(tmp_path)
 
 
 def test_cut_or_missing_weights_are_refused(tmp_path):
-    lora.save_adapter(adapted(), tmp_path, "b")
-    path = tmp_path / lora.WEIGHTS
+    checkpoints.save_adapter(adapted(), tmp_path, "b")
+    path = tmp_path / checkpoints.WEIGHTS
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(UserError, match="damaged"):
-        lora.load_adapter(tiny(), tmp_path)
+        checkpoints.load_adapter(tiny(), tmp_path)
     path.unlink()
     with pytest.raises(UserError, match="no adapter_model.safetensors"):
-        lora.load_adapter(tiny(), tmp_path)
+        checkpoints.load_adapter(tiny(), tmp_path)
 
 
 # ---- from a folder to a model ----------------------------------------------------------------------------------------
@@ -489,11 +500,11 @@ def test_cut_or_missing_weights_are_refused(tmp_path):
 def test_load_merged_quantizes_the_base_as_training_had_it(tmp_path, nf4):
     tiny().save_pretrained(tmp_path / "base")
     model = adapted(nf4=nf4).eval()
-    lora.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    checkpoints.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
     with torch.no_grad():
-        unmerged = lora.load_unmerged(tmp_path / "adapter", GPT.from_pretrained).eval()(IDS)
-        merged = lora.load_merged(tmp_path / "adapter", GPT.from_pretrained).eval()(IDS)
-        simple = lora.load_merged(tmp_path / "adapter", GPT.from_pretrained, how="simple").eval()(IDS)
+        unmerged = load(tmp_path / "adapter", merge=False).eval()(IDS)
+        merged = load(tmp_path / "adapter").eval()(IDS)
+        simple = load(tmp_path / "adapter", how="simple").eval()(IDS)
         assert torch.equal(unmerged, model(IDS)) and torch.allclose(merged, unmerged, atol=2e-5)
         assert (simple - unmerged).abs().mean() > (0.01 if nf4 else 1e-4)
 
@@ -505,13 +516,13 @@ def test_where_the_base_is_looked_for(tmp_path, monkeypatch):
     absolute = str(tmp_path / "out/base")
     for name, found in (("out/base", "out/base"), ("../base", "out/adapter/../base"), (absolute, absolute),
                         ("gpt2", "gpt2"), ("openai-community/gpt2-medium", "gpt2-medium")):
-        lora.save_adapter(model, "out/adapter", name)
-        assert lora.base_of("out/adapter") == found
+        checkpoints.save_adapter(model, "out/adapter", name)
+        assert checkpoints.base_of("out/adapter") == found
     for name, message in (("gone", "no folder gone and no folder out/adapter/gone"), ("", "--base"),
                           ("out/adapter", "out/adapter/out/adapter")):  # a base that is the adapter itself
-        lora.save_adapter(model, "out/adapter", name)
+        checkpoints.save_adapter(model, "out/adapter", name)
         with pytest.raises(UserError, match=message):
-            lora.base_of("out/adapter")
+            checkpoints.base_of("out/adapter")
 
 
 # ---- python lora.py --------------------------------------------------------------------------------------------------
@@ -527,7 +538,7 @@ def folders(tmp_path_factory):
     tok.save(folder / "base")
     model = quantize_model(base)
     add_lora(model, 4, 8)
-    lora.save_adapter(stir(model), folder / "adapter", "../base")
+    checkpoints.save_adapter(stir(model), folder / "adapter", "../base")
     (folder / "text.txt").write_text("The ferry leaves at noon. " * 40)
     return folder, model.eval()
 
@@ -535,7 +546,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("how", ["careful", "simple"])
 def test_the_script_merges(folders, tmp_path, how, capsys):
     folder, model = folders
-    lora.main(lora.Config(adapter=str(folder / "adapter"), out=str(tmp_path), merge=how))
+    weights.merge(lora.Config(adapter=str(folder / "adapter"), out=str(tmp_path), merge=how))
     merged = GPT.from_pretrained(str(tmp_path)).eval()
     assert torch.allclose(merged(IDS), model(IDS), atol=2e-5) is (how == "careful")
     assert (tmp_path / "tokenizer.json").is_file() and f"the {how} merge" in capsys.readouterr().out
@@ -543,8 +554,8 @@ def test_the_script_merges(folders, tmp_path, how, capsys):
 
 def test_the_script_compares(folders, capsys, monkeypatch):
     folder, _ = folders
-    monkeypatch.setattr(lora, "compare_on_the_island", lambda models, tok: print("island:", *models))
-    lora.main(lora.Config(adapter=str(folder / "adapter"), compare=True, text=str(folder / "text.txt")))
+    monkeypatch.setattr(weights.exam, "compare", lambda models, tok, run: print("island:", *models))
+    weights.merge(lora.Config(adapter=str(folder / "adapter"), compare=True, text=str(folder / "text.txt")))
     out = capsys.readouterr().out
     rows = {words[0]: words for words in map(str.split, out.splitlines()) if words[1:2] == ["merge"]}
     largest, mean = ({how: float(words[column]) for how, words in rows.items()} for column in (2, 3))
@@ -562,7 +573,7 @@ def test_logit_differences_by_hand():
             return self.logits.expand(len(ids), -1, -1)
 
     a, b = Fixed([[1.0, 2], [3, 0]]), Fixed([[1.5, 2], [3, 4]])  # the second position's likeliest token changes
-    assert lora.logit_differences(a, b, torch.zeros(3, 2, dtype=torch.long)) == (4.0, 4.5 / 4, 0.5)
+    assert weights.logit_differences(a, b, torch.zeros(3, 2, dtype=torch.long)) == (4.0, 4.5 / 4, 0.5)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -573,5 +584,5 @@ def test_logit_differences_by_hand():
 def test_the_command_line_refuses_in_one_line(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        lora.main(parse(lora.Config, argv=flags))
+        weights.merge(parse(lora.Config, argv=flags))
     assert "\n" not in str(error.value)

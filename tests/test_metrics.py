@@ -12,7 +12,7 @@ import trainer
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.tables import interval, sign_test
-from metrics import bert_score, embedding_f1, lcs_positions, lcs_table, rouge, token_vectors
+from evals.metrics import bert_score, embedding_f1, lcs_positions, lcs_table, rouge, token_vectors
 from model import GPT, GPTConfig
 
 RUN = trainer.Run(torch.device("cpu"), torch.float32)

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-import model as base
+import generate as generating
+import pretrain
 from common.errors import UserError
-from model import GPT, GPTConfig, generate, sample, stream, token_logps
+from generate import generate, sample, stream
+from model import GPT, GPTConfig, resize_vocab, token_logps
 
 
 def tiny(seed=0, **settings):
@@ -29,9 +31,9 @@ def test_causal_and_all_positions():
 
 def test_initialisation_is_gpt2s():
     model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128))
-    assert model.h[0].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)  # 1 / sqrt(2 * 8 layers)
-    assert model.h[7].attn.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert model.blocks[0].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.blocks[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)  # 1 / sqrt(2 * 8 layers)
+    assert model.blocks[7].attn.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert model(torch.randint(500, (4, 64))).softmax(-1).max() < 0.02  # starts near the uniform distribution
 
 
@@ -45,7 +47,7 @@ def test_dropout_is_off_in_evaluation_and_on_in_training(dropout):
 
 def test_dropout_ramp_goes_from_bottom_to_top():
     model = tiny(n_layer=4, dropout=(0.0, 0.3))
-    assert [block.drop.p for block in model.h] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert [block.drop.p for block in model.blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert model.drop.p == 0.0
 
 
@@ -54,7 +56,7 @@ def test_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         model = tiny(checkpointing=checkpointing, dropout=0.2)
         torch.manual_seed(1)
-        base.next_token_loss(model, ids).backward()
+        pretrain.next_token_loss(model, ids).backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients))
 
@@ -63,7 +65,7 @@ def test_next_token_loss_is_shifted_by_one():
     model, ids = tiny(), torch.randint(50, (2, 7))
     logps = model(ids).log_softmax(-1)
     by_hand = [logps[b, t, ids[b, t + 1]].item() for b in range(2) for t in range(6)]
-    assert base.next_token_loss(model, ids).item() == pytest.approx(-sum(by_hand) / 12, rel=1e-5)
+    assert pretrain.next_token_loss(model, ids).item() == pytest.approx(-sum(by_hand) / 12, rel=1e-5)
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ def test_training_mode_comes_back_however_a_stream_ends(monkeypatch):
     for _ in stream(model, [[1, 2]], 3):
         pass
     assert model.training
-    monkeypatch.setattr(base, "sample", lambda *args: 1 / 0)
+    monkeypatch.setattr(generating, "sample", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(model, [[1]], 3)
     assert model.training
@@ -220,12 +222,12 @@ def test_folder_round_trip(tmp_path, bias):
 def test_resize_vocab_starts_new_rows_at_the_mean():
     model, ids = tiny(), torch.randint(50, (2, 9))
     before = model(ids)
-    mean = model.wte.weight.mean(dim=0)
-    model.resize_vocab(53)
+    mean = model.embedding.weight.mean(dim=0)
+    resize_vocab(model, 53)
     assert torch.equal(model(ids)[..., :50], before) and model.config.vocab_size == 53
-    assert torch.allclose(model.wte.weight[50:], mean.expand(3, -1)) and model.wte.weight.requires_grad
-    model.resize_vocab(10)
-    assert len(model.wte.weight) == 53  # never shrinks
+    assert torch.allclose(model.embedding.weight[50:], mean.expand(3, -1)) and model.embedding.weight.requires_grad
+    resize_vocab(model, 10)
+    assert len(model.embedding.weight) == 53  # never shrinks
 
 
 def damage(folder, **changes):
@@ -239,7 +241,7 @@ def damage(folder, **changes):
     (lambda f: damage(f, model_type="llama"), "'llama'"),
     (lambda f: damage(f, activation_function="relu"), "activation_function = 'relu'"),
     (lambda f: damage(f, n_embd=32), "not of one model"),
-    (lambda f: damage(f, n_layer=3), "lacks h.2"),
+    (lambda f: damage(f, n_layer=3), "lacks transformer.h.2"),
     (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 100), "damaged"),
     (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "safe_serialization=True"),

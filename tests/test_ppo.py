@@ -8,6 +8,7 @@ import torch
 
 import ppo
 import trainer
+from checkpoints import load
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.flags import check
@@ -203,7 +204,7 @@ def run_ppo(start, out, **settings):
 
 
 def weights(folder):
-    return torch.cat([p.detach().flatten() for p in GPT.from_pretrained(folder).parameters()])
+    return torch.cat([p.detach().flatten() for p in load(folder).parameters()])
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_r": 2, "nf4": True}, {"temperature": 0.7}])

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 import quant
 from common.errors import UserError
+from evals.weights import validation_loss
+from model import GPT, linear_paths
 from quant import CODEBOOK, MIDPOINTS, NF4Linear, dequantize_nf4, quantize_model, quantize_nf4
 
 SHAPES = [(1,), (2,), (63,), (64,), (65,), (3, 5), (1, 64), (7, 129), (2, 3, 4, 5), (64, 100),
@@ -318,19 +320,22 @@ def test_from_weight():
 class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
-        self.wte = nn.Embedding(10, 64)
-        self.h = nn.ModuleList(nn.ModuleDict(dict(ln=nn.LayerNorm(64), fc=nn.Linear(64, 128), proj=nn.Linear(128, 64)))
+        self.embedding = nn.Embedding(10, 64)
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(ln=nn.LayerNorm(64), fc=nn.Linear(64, 128), proj=nn.Linear(128, 64)))
                                for _ in range(2))
         self.lm_head = nn.Linear(64, 10)
+        self.linear_paths = linear_paths(self)
+
+    linears, replace = GPT.linears, GPT.replace
 
 
 def test_quantize_model_replaces_the_linear_layers_of_the_blocks_only():
     model = Tiny()
-    weights = [weakref.ref(m.weight) for m in model.h.modules() if isinstance(m, nn.Linear)]
+    weights = [weakref.ref(m.weight) for m in model.blocks.modules() if isinstance(m, nn.Linear)]
     assert quantize_model(model) is model
-    kinds = [type(m).__name__ for block in model.h for m in block.values()]
+    kinds = [type(m).__name__ for block in model.blocks for m in block.values()]
     assert kinds == ["LayerNorm", "NF4Linear", "NF4Linear"] * 2
-    assert type(model.lm_head) is nn.Linear and type(model.wte) is nn.Embedding
+    assert type(model.lm_head) is nn.Linear and type(model.embedding) is nn.Embedding
     assert len(weights) == 4 and all(weight() is None for weight in weights)  # the floats are gone
     with pytest.raises(UserError, match="no linear layer"):
         quantize_model(model)
@@ -338,7 +343,7 @@ def test_quantize_model_replaces_the_linear_layers_of_the_blocks_only():
 
 def test_quantize_model_frees_each_weight_before_the_next(monkeypatch):
     model, alive = Tiny(), []
-    weights = [weakref.ref(m.weight) for m in model.h.modules() if isinstance(m, nn.Linear)]
+    weights = [weakref.ref(m.weight) for m in model.blocks.modules() if isinstance(m, nn.Linear)]
 
     def counting(*arguments):
         alive.append(sum(weight() is not None for weight in weights))
@@ -362,7 +367,7 @@ def test_validation_loss_is_the_mean_over_all_next_tokens():
 
     ids = torch.randint(V, (13,), generator=torch.Generator().manual_seed(0))
     expected = sum(-table[i % length].log_softmax(0)[ids[i + 1]] for i in range(12)) / 12
-    assert quant.validation_loss(Fake(), ids) == pytest.approx(expected.item(), rel=1e-6)
+    assert validation_loss(Fake(), ids) == pytest.approx(expected.item(), rel=1e-6)
 
 
 # ---- on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1) -------------------------------------------------------

@@ -11,7 +11,8 @@ import reward
 import trainer
 from island.world import Island
 from island.words import FLATTERY
-from data.pairs import make_pairs
+from data import pairs
+from data.pairs import answered, load_ranked, make_pairs
 from data.tokenizer import get_tokenizer
 from common import plots
 from common.errors import UserError
@@ -46,7 +47,7 @@ def talk(question, answer):
 
 @pytest.fixture(autouse=True)
 def few_held_out(monkeypatch):
-    monkeypatch.setattr(reward, "HELD_OUT", 30)  # scoring 600 takes longer than these runs train
+    monkeypatch.setattr(pairs, "HELD_OUT", 30)  # scoring 600 takes longer than these runs train
 
 
 # ---- Bradley-Terry ---------------------------------------------------------------------------------------------------
@@ -179,9 +180,9 @@ def test_long_answers_are_dropped_whole_and_said():
 def test_all_answers_answer_the_same_question_when_turns_have_to_go():
     row = {"prompt": talk("old " * 20, "old") + talk("new", "")[:1],
            "answers": [{"text": "yes " * n, "score": n} for n in (1, 9, 300)]}
-    longest = len(TOK.render(reward.answered(row, row["answers"][1]))[0]) - 1  # the second fits without the old turn
-    assert len(TOK.render(reward.answered(row, row["answers"][0]))[0]) <= longest
-    prompt, answers = reward.fit_answers(row, TOK, longest)
+    longest = len(TOK.render(answered(row["prompt"], row["answers"][1]["text"]))[0]) - 1  # the second fits without the old turn
+    assert len(TOK.render(answered(row["prompt"], row["answers"][0]["text"]))[0]) <= longest
+    prompt, answers = pairs.fit_answers(row, TOK, longest)
     assert prompt == talk("new", "")[:1] and answers == row["answers"][:2]
     (ids, _), = reward.make_questions([row], TOK, longest, reward.Config(), lambda _: None)
     assert not any("old" in TOK.encoding.decode(answer) for answer in ids)
@@ -247,7 +248,7 @@ def test_save_and_load_keep_the_head(tmp_path):
     model.save_pretrained(tmp_path)
     lengths = torch.tensor([8, 2, 5])
     assert torch.equal(RewardModel.from_pretrained(tmp_path)(ids, lengths), model(ids, lengths))
-    model.gpt.save_pretrained(tmp_path / "plain")
+    model.network.save_pretrained(tmp_path / "plain")
     with pytest.raises(UserError, match="has no reward head"):
         RewardModel.from_pretrained(tmp_path / "plain")
     with pytest.raises(UserError, match="no checkpoint folder"):
@@ -311,7 +312,7 @@ def test_calibration_recovers_a_model_that_is_calibrated():
 # ---- data and whole runs ---------------------------------------------------------------------------------------------
 
 def test_island_aspects_rank_by_what_they_name():
-    ranked = lambda aspect: reward.load_ranked(reward.Config(aspect=aspect, n_ranked=60), print)[0]
+    ranked = lambda aspect: load_ranked(reward.Config(aspect=aspect, n_ranked=60), Island, print)[0]
     best = lambda rows: {a["type"] for row in rows for a in row["answers"] if a["score"] == 1 and row["kind"] == "fact"}
     assert "hard" in best(ranked("helpful")) and "wrong" not in best(ranked("helpful"))
     assert "wrong" in best(ranked("simple")) and "hard" not in best(ranked("simple"))
@@ -325,7 +326,7 @@ def test_a_users_file_is_read_and_held_out(tmp_path):
     path = tmp_path / "mine.jsonl"
     answers = lambda i: [{"text": f"a{i}", "helpful": i}, {"text": f"b{i}", "helpful": 3}]
     path.write_text("".join(json.dumps({"prompt": f"q{i}", "answers": answers(i)}) + "\n" for i in range(20)))
-    train, held, island = reward.load_ranked(reward.Config(data=str(path), aspect="helpful"), lambda _: None)
+    train, held, island = load_ranked(reward.Config(data=str(path), aspect="helpful"), Island, lambda _: None)
     assert (len(train), len(held), island) == (18, 2, None)
     assert {a["score"] for row in train + held for a in row["answers"]} == set(map(float, range(20)))
     shown = [messages[-1]["content"] for messages in reward.demonstrations(train + held, None)]
@@ -336,7 +337,7 @@ def test_pairs_of_one_question_are_held_out_together(tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"q{i // 4}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(80)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train, held, _ = reward.load_ranked(reward.Config(data=str(path)), lambda _: None)
+    train, held, _ = load_ranked(reward.Config(data=str(path)), Island, lambda _: None)
     asked = lambda rows: {row["prompt"][0]["content"] for row in rows}
     assert len(train) == 72 and len(held) == 8 and not asked(train) & asked(held)
 
@@ -344,7 +345,7 @@ def test_pairs_of_one_question_are_held_out_together(tmp_path):
 @pytest.fixture(scope="module")
 def start_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
-    tiny().gpt.save_pretrained(folder)
+    tiny().network.save_pretrained(folder)
     TOK.save(folder)
     return folder
 
@@ -381,7 +382,7 @@ def test_adapters_are_saved_with_the_head_and_merge_on_loading(start_folder, tmp
     ids, lengths = torch.randint(TOK.vocab_size, (4, 9)), torch.tensor([9, 4, 7, 2])
     assert torch.allclose(loaded(ids, lengths), kept[0](ids, lengths), atol=1e-4)
     trained = {name for name, p in kept[0].named_parameters() if p.requires_grad and "lora_" not in name}
-    assert trained == {"head.weight", "gpt.wte.rows"}  # rows: those of the chat tokens, new to this base
+    assert trained == {"head.weight", "network.embedding.rows"}  # rows: those of the chat tokens, new to this base
 
 
 def test_resume_equals_the_uninterrupted_run(start_folder, tmp_path, monkeypatch):
@@ -418,6 +419,6 @@ def test_a_weak_model_says_so_and_a_picture_is_drawn_or_asked_for(start_folder, 
 def test_pairs_are_made_from_votes_in_the_order_of_the_row():
     row = ranked_rows(1, k=(6, 6))[0]
     (answers, pairs), = questions_of([row], max_pairs=0)
-    votes = {TOK.answer(TOK.render(reward.answered(row, a))[0]): a["score"] for a in row["answers"]}
+    votes = {TOK.answer(TOK.render(answered(row["prompt"], a["text"]))[0]): a["score"] for a in row["answers"]}
     assert len(pairs) == len(make_pairs([a["score"] for a in row["answers"]], max_pairs=0))
     assert all(votes[TOK.answer(answers[w])] > votes[TOK.answer(answers[l])] for w, l in pairs)

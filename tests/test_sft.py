@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import generate as generating
+from checkpoints import load
+from pretrain import next_token_loss
 import sft
 import trainer
 from island.world import Island
@@ -76,7 +79,7 @@ def test_slices_of_the_head_change_nothing(monkeypatch, logits):
     sft.sft_loss(model, ids, mask).backward()
     assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(grads, model.parameters()))
     whole = -model(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None]).mean()
-    assert sft.next_token_loss(model, ids).item() == pytest.approx(whole.item(), abs=1e-5)
+    assert next_token_loss(model, ids).item() == pytest.approx(whole.item(), abs=1e-5)
 
 
 def test_empty_mask_is_zero_with_a_zero_gradient():
@@ -204,7 +207,7 @@ def command(script, config):
 
 
 def weights(folder):
-    model = GPT.from_pretrained(folder)
+    model = load(folder)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -276,13 +279,13 @@ def test_of_a_question_that_is_too_long_the_end_is_kept(max_new_tokens, room):
     tok = get_tokenizer("tiny")
     question = {"role": "user", "content": "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 2 + "?"}
     for messages in ([question], [{"role": "system", "content": "s"}, question]):
-        kept, ids = sft.fit_question(messages, tok, 40, max_new_tokens)
+        kept, ids = generating.fit_question(messages, tok, 40, max_new_tokens)
         assert kept == [question] and ids == tok.render_prompt([question])[-room:]
 
 
 def test_an_answer_stops_at_the_end_token(monkeypatch):
     tok, seen = get_tokenizer("tiny"), []
-    monkeypatch.setattr(sft, "generate", lambda model, prompts, n, stop, **sampling: seen.append((n, stop)) or [[stop]])
+    monkeypatch.setattr(generating, "generate", lambda model, prompts, n, stop, **sampling: seen.append((n, stop)) or [[stop]])
     model = type("Model", (), {"config": type("Config", (), {"block_size": 96})})
     run = trainer.Run(torch.device("cpu"), torch.float32)
-    assert sft.ask(model, tok, [[{"role": "user", "content": "hi"}]], run, 7) == [""] and seen == [(7, tok.end)]
+    assert generating.ask(model, tok, [[{"role": "user", "content": "hi"}]], run, 7) == [""] and seen == [(7, tok.end)]

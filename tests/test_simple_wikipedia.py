@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-import sft
+import generate as generating
 from data import files
 from island import dirty
 from common import remote
@@ -29,7 +29,7 @@ def dump(tmp_path_factory):
 
 
 def run(source, out, **settings):
-    return wiki.main(wiki.Config(source=str(source), out=str(out), **settings))
+    return wiki.main(wiki.Config(source=str(source), out=str(out), **settings), generating.asker)
 
 
 def rows(path):
@@ -187,9 +187,9 @@ def test_a_checkpoint_is_asked_and_long_articles_are_cut_for_it(tmp_path, monkey
     model = GPT(GPTConfig(256, tok.vocab_size, n_layer=1, n_head=1, n_embd=16))
     model.save_pretrained(folder)
     tok.save(folder)
-    asker, seen = wiki.by_checkpoint(str(folder)), []
-    monkeypatch.setattr(sft, "ask", lambda model, tok, said, *rest, **more: seen.extend(said) or ["Why?"] * len(said))
-    assert list(asker([("", simple(400)), ("", simple(60))])) == ["Why?", "Why?"]
+    asker, seen = generating.asker(str(folder), wiki.LONGEST), []
+    monkeypatch.setattr(generating, "ask", lambda model, tok, said, *rest, **more: seen.extend(said) or ["Why?"] * len(said))
+    assert list(asker([simple(400), simple(60)])) == ["Why?", "Why?"]
     monkeypatch.undo()
     long, short = (conversation[0]["content"] for conversation in seen)
     assert short == simple(60) and simple(400).startswith(long) and long != simple(400)

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-import unknowns
+from evals import unknowns
 from data import files
 from island.world import Island
 from island.words import UNKNOWN
@@ -77,7 +77,7 @@ def test_every_question_is_asked_as_often_as_it_should(monkeypatch):
             answers.append("right" if name == "a" or name == "b" and turn[name] % 2 else "wrong")
         return answers
 
-    monkeypatch.setattr(unknowns.sft, "ask", ask)
+    monkeypatch.setattr(unknowns, "ask", ask)
     monkeypatch.setattr(unknowns, "AT_ONCE", 5)
     rows = [{"messages": [{"role": "user", "content": name}, {"role": "assistant", "content": "right"}]}
             for name in "cab"]

@@ -14,7 +14,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
-import choice
+from evals import choice
 import trainer
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig

@@ -5,6 +5,7 @@ import torch
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+import checkpoints
 import lora
 from model import GPT, GPTConfig
 
@@ -49,7 +50,7 @@ def stir(model):
 
 
 def in_pefts_names(model):
-    return {lora.PREFIX + name: p for name, p in lora.peft_parameters(model).items()}
+    return {lora.PREFIX + name: p for name, p in checkpoints.peft_parameters(model).items()}
 
 
 def trained_by_peft(model):
@@ -61,7 +62,7 @@ def test_forward_and_gradients(base, tmp_path, targets, tokens, rslora):
     theirs = stir(theirs_on(base, targets, tokens, rslora))
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(base).eval()
-    count = lora.load_adapter(ours, tmp_path / "theirs")
+    count = checkpoints.load_adapter(ours, tmp_path / "theirs")
     assert count == theirs.get_nb_trainable_parameters()[0]
     logits = theirs(IDS).logits
     assert torch.allclose(ours(IDS), logits, atol=1e-5)
@@ -83,7 +84,7 @@ def test_forward_and_gradients(base, tmp_path, targets, tokens, rslora):
 def test_peft_reads_our_files(base, tmp_path, targets, tokens, rslora):
     ours = stir(ours_on(base, targets, tokens, rslora))
     head = {"score.weight": torch.ones(1, 16)}  # PEFT skips what it does not know
-    lora.save_adapter(ours, tmp_path / "ours", base, extra=head)
+    checkpoints.save_adapter(ours, tmp_path / "ours", base, extra=head)
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
     assert torch.allclose(theirs(IDS).logits, ours(IDS), atol=1e-5)
@@ -94,7 +95,7 @@ def test_peft_reads_our_files(base, tmp_path, targets, tokens, rslora):
 @CASES
 def test_merged_weights_are_equal(base, tmp_path, targets, tokens, rslora):
     ours = stir(ours_on(base, targets, tokens, rslora))
-    lora.save_adapter(ours, tmp_path / "ours", base)
+    checkpoints.save_adapter(ours, tmp_path / "ours", base)
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "ours").merge_and_unload()
     lora.merge_lora(ours).save_pretrained(tmp_path / "merged")
@@ -111,9 +112,9 @@ def test_layers_that_peft_chose_by_a_regular_expression(base, tmp_path):
     theirs = stir(peft.get_peft_model(model, config)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(base).eval()
-    lora.load_adapter(ours, tmp_path / "theirs")
+    checkpoints.load_adapter(ours, tmp_path / "theirs")
     assert torch.allclose(ours(IDS), theirs(IDS).logits, atol=1e-5)
-    lora.save_adapter(ours, tmp_path / "back", base)
+    checkpoints.save_adapter(ours, tmp_path / "back", base)
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
     back = peft.PeftModel.from_pretrained(model, tmp_path / "back").eval()
     assert torch.allclose(back(IDS).logits, theirs(IDS).logits, atol=1e-5)
@@ -124,7 +125,7 @@ def test_an_adapter_of_the_model_without_a_head(base, tmp_path):
     theirs = stir(peft.get_peft_model(transformers.GPT2Model.from_pretrained(base), config)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(base).eval()
-    lora.load_adapter(ours, tmp_path / "theirs")
+    checkpoints.load_adapter(ours, tmp_path / "theirs")
     assert torch.allclose(ours.hidden(IDS), theirs(IDS).last_hidden_state, atol=1e-5)
 
 
@@ -138,4 +139,4 @@ def test_what_we_cannot_read_is_refused(base, tmp_path, settings, message):
                                 "fan_in_fan_out": True} | settings)
     peft.get_peft_model(transformers.GPT2LMHeadModel.from_pretrained(base), config).save_pretrained(tmp_path / "theirs")
     with pytest.raises(SystemExit, match=message):
-        lora.load_adapter(GPT.from_pretrained(base), tmp_path / "theirs")
+        checkpoints.load_adapter(GPT.from_pretrained(base), tmp_path / "theirs")

@@ -5,7 +5,7 @@ import pytest
 
 rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
 
-from metrics import rouge
+from evals.metrics import rouge
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 THEIRS = rouge_scorer.RougeScorer(KINDS, use_stemmer=False)

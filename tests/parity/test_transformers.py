@@ -8,7 +8,8 @@ transformers = pytest.importorskip("transformers")
 
 import sft
 from data.tokenizer import get_tokenizer
-from model import GPT, GPTConfig, generate
+from generate import generate
+from model import GPT, GPTConfig
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who <|end|> are\n\n you?"},
         {"role": "assistant", "content": "I am Pip, 12 years old."}, {"role": "user", "content": "Old?"}]
@@ -63,8 +64,8 @@ def test_gradients_are_the_same(tmp_path):
     mask = (torch.rand(3, 20) < 0.4).long()
     sft.sft_loss(ours, ids, mask).backward()
     theirs(ids, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
-    assert torch.allclose(ours.wte.weight.grad, theirs.transformer.wte.weight.grad, atol=1e-5)
-    assert torch.allclose(ours.h[0].attn.c_attn.weight.grad, theirs.transformer.h[0].attn.c_attn.weight.grad.t(), atol=1e-5)
+    assert torch.allclose(ours.embedding.weight.grad, theirs.transformer.wte.weight.grad, atol=1e-5)
+    assert torch.allclose(ours.blocks[0].attn.c_attn.weight.grad, theirs.transformer.h[0].attn.c_attn.weight.grad.t(), atol=1e-5)
 
 
 def test_greedy_generation_is_the_same(tmp_path):

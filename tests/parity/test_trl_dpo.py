@@ -67,9 +67,10 @@ def our_loss(model, pairs, **settings):
 
 def check_gradients(ours, theirs):
     theirs = dict(theirs.named_parameters())
+    names = ours.hf_names()
     for name, p in ours.named_parameters():
-        grad = theirs[f"transformer.{name}"].grad
-        grad = grad.t() if p.dim() == 2 and ".h." in f".{name}" else grad  # Conv1D keeps its weight as (in, out)
+        grad = theirs[names[name][0]].grad
+        grad = grad.t() if names[name][1] else grad  # Conv1D keeps its weight as (in, out)
         assert torch.allclose(p.grad, grad, atol=1e-5, rtol=1e-4), name
 
 

@@ -64,5 +64,5 @@ def test_scores_loss_and_gradients(tmp_path, seed):
     their_loss.backward()
     assert theirs.score.weight.grad.abs().max() > 1e-2
     assert torch.allclose(ours.head.weight.grad, theirs.score.weight.grad, atol=1e-4)
-    assert torch.allclose(ours.gpt.wte.weight.grad, theirs.transformer.wte.weight.grad, atol=1e-4)
-    assert torch.allclose(ours.gpt.h[0].mlp.c_fc.weight.grad.T, theirs.transformer.h[0].mlp.c_fc.weight.grad, atol=1e-4)
+    assert torch.allclose(ours.network.embedding.weight.grad, theirs.transformer.wte.weight.grad, atol=1e-4)
+    assert torch.allclose(ours.network.blocks[0].mlp.c_fc.weight.grad.T, theirs.transformer.h[0].mlp.c_fc.weight.grad, atol=1e-4)

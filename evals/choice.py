@@ -36,7 +36,8 @@ from island.world import ATTRIBUTES
 from data.shapes import BadRow, WrongForm, as_text, check_texts, has, shown
 from common.errors import UserError
 from common.tables import interval
-from model import text_stream, token_logps
+from model import token_logps
+from pretrain import text_stream
 
 HEADLINE = {"ARC": "acc_norm", "HellaSwag": "acc_norm", "MMLU": "acc_subjects", "TruthfulQA": "mc2",
             "plain": "acc", "island": "acc"}  # the measure that is quoted for a task

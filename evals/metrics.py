@@ -17,7 +17,6 @@ import torch
 
 import trainer
 from common.errors import UserError
-from model import text_stream
 
 # ---- ROUGE: words in common ------------------------------------------------------------------------------------------
 
@@ -111,8 +110,8 @@ def rouge(reference, candidate):
 def token_vectors(model, tok, texts, run, micro_tokens=16384):
     """The model's hidden states over each text -> [(tokens, C), ...], float32, in the order of `texts`. What does
     not fit the model's context is left out."""
-    # no text, no vector: text_stream would make a token of the template's leading space
-    rows = [text_stream([text] if text else [], tok).tolist()[:model.config.block_size] or [tok.end_of_text] for text in texts]
+    # no text, no vector: a document would make a token of the template's leading space
+    rows = [(tok.document(text) if text else [tok.end_of_text])[:model.config.block_size] for text in texts]
     vectors, was_training = [None] * len(rows), model.training
     model.eval()
     for part in trainer.split(range(len(rows)), lambda i: len(rows[i]), micro_tokens):

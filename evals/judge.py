@@ -10,7 +10,7 @@ model and the island's gold judge are asked in the same words, and one parser re
     judge = load_judge("http://localhost:8000/v1#my-model", run)   any server that speaks OpenAI's chat protocol
 
     python evaluate.py out/sft out/dpo --judge gold    rates and compares checkpoints
-    python judge.py out/judgments.jsonl                what came out, read from the saved judgments
+    python -m evals.judge out/judgments.jsonl                what came out, read from the saved judgments
 
 A judge is only as good as its taste. DPO against the community SFT model, 400 held-out questions, greedy answers: the
 gold judge gives 35 wins, 260 ties and 105 losses, the reward model 204, 137 and 59. Gold sees no win in 173 of these

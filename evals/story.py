@@ -10,24 +10,26 @@ import json
 import time
 from pathlib import Path
 
-import bench
-import choice
+from evals import benches, choice, measure
 import dpo
-from island import exam
-import model as base
+from island.exam import MEASURES
+import pretrain
 import ppo
 import reward
 import sft
 import trainer
+from checkpoints import load_to_ask
 from island.world import Island
+from data.pairs import load_ranked
 from data.readability import readability
 from data.tokenizer import get_tokenizer
+from generate import ask
 from common import plots
 from common.disk import replacing
 from common.tables import cell, markdown
 
 STAGES = {  # folder: its script and the flags that make it another checkpoint than the script's own
-    "out/base": (base, {}),
+    "out/base": (pretrain, {}),
     "out/sft": (sft, {}),
     "out/sft-community": (sft, {"answers": "community"}),
     "out/reward": (reward, {}),
@@ -110,7 +112,7 @@ def ask_all(island, run):
     asked = [next(row["messages"][:-1] for row in rows if row["kind"] == kind) for kind in QUESTIONS]
     answers = {}
     for folder in POLICIES:
-        answers[folder] = sft.ask(*exam.load(folder, run), asked, run, temperature=0.0)
+        answers[folder] = ask(*load_to_ask(folder, run), asked, run, temperature=0.0)
     return [(question[-1]["content"], {folder: answers[folder][i] for folder in POLICIES})
             for i, question in enumerate(asked)]
 
@@ -122,7 +124,7 @@ def paragraphs(results, accuracy, quiz):
         return cell(found, form).partition(" ")[0]  # without its interval; "-" where nobody was asked that
 
     share = lambda folder, name: number(folder, name, "share")
-    return f"""**Pretraining** (`model.py`, out/base) has read 400 thousand words about the island and predicts the next one. It does not
+    return f"""**Pretraining** (`pretrain.py`, out/base) has read 400 thousand words about the island and predicts the next one. It does not
 know what a question is: asked one, it goes on with any text ({share('base', 'helpful')} right). It knows the facts all the same:
 begin the sentence for it, and it finds the right one of four ends in {quiz:.0%}.
 
@@ -155,13 +157,13 @@ reward model is right about answers like those it was trained on; far away from 
 
 def page(results, answers, asked, accuracy, quiz, seconds, pictures):
     """Everything as Markdown."""
-    headers, rows = zip(*exam.island_table({folder: results[folder] for folder in POLICIES}))
-    legend = "; ".join(f"**{exam.COLUMNS[name][0]}**: {exam.COLUMNS[name][2]}" for name in exam.measured(results))
+    headers, rows = zip(*measure.island_table({folder: results[folder] for folder in POLICIES}))
+    legend = "; ".join(f"**{MEASURES[name].heading}**: {MEASURES[name].words}" for name in measure.measured(results))
     whole = markdown([*headers[0], *headers[1][1:]], [[*left, *right[1:]] for left, right in zip(*rows)])
     answered = markdown(["asked", *(Path(folder).name for folder in POLICIES)],
                         [[question, *(texts[folder] for folder in POLICIES)] for question, texts in asked])
     hacks = markdown(["question", "answer", "of", "reward", "gold"], [
-        [a["question"], a["answer"], Path(a["model"]).name, f"{a['reward']:.2f}", f"{a['gold']:.0f}"] for a in exam.hacks(answers)])
+        [a["question"], a["answer"], Path(a["model"]).name, f"{a['reward']:.2f}", f"{a['gold']:.0f}"] for a in measure.hacks(answers)])
     image = lambda name, text: f"![{text}]({name})\n\n{text}\n" if pictures else ""
     times = "".join(f"; {Path(folder).name} {s:.0f} s" for folder, s in seconds.items())
     return f"""# From raw text to an aligned assistant
@@ -169,7 +171,7 @@ def page(results, answers, asked, accuracy, quiz, seconds, pictures):
 One model of 0.9 M parameters and what each stage of post-training made of it. All were asked the same
 {len(answers) // len(POLICIES)} questions about residents, strangers and dangers that no conversation and no vote has mentioned,
 at temperature 1. Every number is a mean with half the width of its 95 % interval over the questions; another seed of the
-training may move it further. One seed here; {bench.machine()}{times}.
+training may move it further. One seed here; {benches.machine()}{times}.
 
 {whole}
 
@@ -205,12 +207,12 @@ def main(config, run):
     """Writes README.md, pictures and numbers into --out (out/story by default)."""
     seconds, island, folder = run_stages(run, config), Island(), Path(config.out)
     config.folders, config.reference = POLICIES, "out/sft-community"
-    results, answers = exam.evaluate_island(config, run)
-    rows, settings = reward.load_ranked(reward.Config(), run.print)[1], reward.Config()
+    results, answers = measure.evaluate_island(config, run)
+    rows, settings = load_ranked(reward.Config(), Island, run.print)[1], reward.Config()
     judge = reward.RewardModel.from_pretrained("out/reward").to(run.device)
     scores = reward.score_rows(judge, get_tokenizer("out/reward"), rows, run, settings.micro_tokens)
     micro, _, n = reward.accuracy(rows, scores)
-    quiz = choice.evaluate(*exam.load("out/base", run), choice.island_quiz(island), run)[0]["acc"][0]
+    quiz = choice.evaluate(*load_to_ask("out/base", run), choice.island_quiz(island), run)[0]["acc"][0]
     pictures = plots.available()
     if pictures:
         plot_losses(folder / "losses.png")

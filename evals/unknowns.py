@@ -7,11 +7,11 @@ A model that was only ever shown good answers has learned that every question ha
 Which questions need "I do not know" differs from model to model, so the model itself is asked (Llama 3, section 4.3.6,
 calls it knowledge probing): the rows fit the one that was asked, and no other.
 
-    python unknowns.py out/sft --data qa.jsonl          your questions with their answers, in any file that sft.py reads
+    python -m evals.unknowns out/sft --data qa.jsonl    your questions with their answers, in any file that sft.py reads
     python sft.py --no-idk --out out/sft-no-idk         the island: a model that was never taught to say so
-    python unknowns.py out/sft-no-idk                   what it knows of residents and strangers -> out/idk.jsonl
-    python -m island --write island                teach it, with plain text beside, or it forgets what it knew:
-    python sft.py --data out/idk.jsonl --mix-data island/pretrain.jsonl --init out/sft-no-idk --out out/sft-idk
+    python -m evals.unknowns out/sft-no-idk                   what it knows of residents and strangers -> out/idk.jsonl
+    python -m island --write out/island                teach it, with plain text beside, or it forgets what it knew:
+    python sft.py --data out/idk.jsonl --mix-data out/island/pretrain.jsonl --init out/sft-no-idk --out out/sft-idk
 
 What to see on the island (seed 0, measured before a fifth of its conversations went on from another one): of 929
 questions the model knows all about residents but one (755) and none of the 173 about strangers ("What does Ben like to
@@ -25,16 +25,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import sft
 import trainer
+from checkpoints import load
 from data import files
 from island.world import Island, names, says_unknown
 from island.words import UNKNOWN
 from data.tokenizer import get_tokenizer
+from generate import ask
 from common.disk import writing
 from common.errors import UserError
 from common.flags import parse
-from model import GPT
 
 AT_ONCE = 64  # answers generated side by side
 MATCH = 0.75  # share of the reference's key words that an answer must hold: both of two, three of four
@@ -84,7 +84,7 @@ def probe(model, tok, rows, run, right, tries=5, temperature=0.7, seed=0, max_ne
     asked = [row["messages"][:-1] for row in rows for _ in range(tries)]
     answers = []
     for first in tqdm(range(0, len(asked), AT_ONCE), desc="asking", disable=None):
-        answers += sft.ask(model, tok, asked[first:first + AT_ONCE], run, max_new_tokens,
+        answers += ask(model, tok, asked[first:first + AT_ONCE], run, max_new_tokens,
                            temperature=temperature, seed=seed * 1_000_003 + first)
     answers = [answers[first:first + tries] for first in range(0, len(answers), tries)]
     return answers, [sum(right(row, answer) for answer in said) for row, said in zip(rows, answers, strict=True)]
@@ -137,7 +137,7 @@ class Config:
 
 def checked(config):
     if len(config.checkpoint) != 1:
-        raise UserError("name one checkpoint folder to ask, as in: python unknowns.py out/sft-no-idk")
+        raise UserError("name one checkpoint folder to ask, as in: python -m evals.unknowns out/sft-no-idk")
     if min(config.tries, config.max_new_tokens) < 1 or min(config.n, config.temperature) < 0:
         raise UserError("--tries and --max-new-tokens must be at least 1, --n and --temperature at least 0")
     if not 0 < config.known <= 1:
@@ -152,7 +152,7 @@ def checked(config):
 def main(config):
     folder, = checked(config).checkpoint
     run = trainer.start(config)
-    model, tok = GPT.from_pretrained(folder).to(run.device), get_tokenizer(folder)
+    model, tok = load(folder).to(run.device), get_tokenizer(folder)
     rows, others, right = load_questions(config, run.print)
     answers, counts = probe(model, tok, rows, run, right, config.tries, config.temperature, config.seed,
                             config.max_new_tokens)

@@ -1,0 +1,322 @@
+"""Checkpoints: a folder becomes a network and the tensors of its head, and the reverse.
+
+    model = load("out/sft")                        a folder of the GPT-2 family, or gpt2 ... gpt2-xl
+    model = load("out/sft-lora")                   an adapter names its base: together, merged, they are a model like any other
+    model = load("out/sft-lora", merge=False)      beside each other, as training saw them
+
+Folders are Hugging Face's: transformers reads the models, PEFT the adapters, and we read theirs (tests/parity). A reward
+model's head is one more tensor in the same file. What training needs to go on (trainer.save_state) lies beside them.
+"""
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import lora
+import trainer
+from common import hub
+from common.disk import replacing, write_json
+from common.errors import UserError
+from common.flags import dropout_of
+from common.hub import PUBLIC
+from data.tokenizer import get_tokenizer
+from model import GPT, resize_vocab
+from quant import NF4Linear, quantize_model
+
+FAMILIES = {"gpt2": GPT}  # config.json's model_type: the network that reads the folder
+
+# ---- a folder becomes a network --------------------------------------------------------------------------------------
+
+
+def load(name_or_folder, merge=True, base="", how="careful", linear=None, **settings):
+    """A checkpoint's folder, an adapter's folder, or a public name -> network, float32.
+
+    merge: an adapter is merged into its base, `how` says which way (lora.merge_lora); False: it stays beside it, and the base
+    is quantized where training had it so. base: in place of the base that an adapter names. linear: takes the place of each
+    linear layer of the blocks, such as NF4Linear. settings: dropout, attention_dropout, checkpointing.
+    Raises UserError where there is no such folder, or it is damaged, or of a family that this project does not know.
+    """
+    if not is_adapter(name_or_folder):
+        folder = hub.find(name_or_folder)
+        family = hub.read_settings(folder).get("model_type")
+        if family not in FAMILIES:
+            raise UserError(f"{folder} holds a model of type {family!r}: this project reads {', '.join(FAMILIES)}")
+        return FAMILIES[family].from_pretrained(folder, linear=linear, **settings)
+    quantized = read_adapter_config(name_or_folder)["nanoalign_nf4"]
+    model = load(base or base_of(name_or_folder), **settings)
+    if quantized and (how == "careful" or not merge):
+        quantize_model(model, **quantized)
+    load_adapter(model, name_or_folder)
+    if merge:
+        lora.merge_lora(model, how)
+    for path, layer in model.linears().items() if linear else ():
+        model.replace(path, linear(layer))
+    return model
+
+
+def load_to_ask(folder, run):
+    """A checkpoint folder or a public name -> model, ready to be asked, and its tokenizer."""
+    refuse_reward_model(folder)
+    model, tok = load(folder), get_tokenizer(folder)
+    if tok.new_ids:
+        run.print(f"{folder} has never been trained on conversations: expect continued text, not answers")
+    resize_vocab(model, tok.vocab_size)
+    return model.to(run.device).eval(), tok
+
+
+def load_init(config, run, stage=None, **settings):
+    """-> model, ready to train, and tokenizer of --init. With --lora-r adapters are added and all else is frozen; with --nf4
+    in four bits, layer by layer as it is read. stage, settings: the earlier script, and its flags, that makes --init where
+    that is the default of config's script and not there yet."""
+    if stage and config.init == type(config).init:
+        trainer.ensure(config.init, stage, config, run, **settings)
+    model = load(config.init, dropout=dropout_of(config), checkpointing=config.checkpointing,
+                 linear=NF4Linear if config.nf4 else None)
+    tok = get_tokenizer(config.tokenizer or config.init, config.template or None)
+    resize_vocab(model, tok.vocab_size)
+    model.to(run.device)
+    if config.lora_r:
+        torch.manual_seed(config.seed)
+        trained = lora.add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_targets, tokens=tok.new_ids)
+        frozen = sum(p.numel() for p in model.parameters()) - trained
+        run.print(f"adapters of rank {config.lora_r}: {trained:,} trained parameters beside {frozen:,} frozen ones"
+                  + (" and the 4-bit weights" if config.nf4 else ""))
+    tok.new_ids = []  # from here on they are trained
+    return model.train(), tok
+
+
+# ---- and the reverse -------------------------------------------------------------------------------------------------
+
+def save_checkpoint(config, run, step, steps, model, tok, optimizer):
+    """A folder that transformers (an adapter: PEFT) and every script here can read, and the state for --resume. The state
+    comes first: a folder with a state beside it is known to be unfinished."""
+    trainer.save_state(config, run, step, steps, model, optimizer)
+    if run.rank == 0:
+        save_model(config, model, tok)
+
+
+def save_model(config, model, tok, extra=None):
+    """The folder alone: of the whole model, or of its adapter with the name of its base. extra: tensors of another head."""
+    if lora.is_adapted(model):
+        save_adapter(model, config.out, config.init, extra)
+    else:
+        model.save_pretrained(config.out, extra)
+    tok.save(config.out)
+
+
+# ---- a reward model's head -------------------------------------------------------------------------------------------
+
+HEAD_NAMES = {"weight": "score.weight", "bias": "score.bias"}  # in the file, as GPT2ForSequenceClassification of transformers
+
+
+def read_head(folder):
+    """A reward model's folder, or adapter -> {"weight": (1, C), "bias": (1,)}. Raises UserError where there is no head."""
+    try:
+        read = read_extra(folder).__getitem__ if is_adapter(folder) else hub.open_weights(hub.find(folder))
+        return {name: read(theirs) for name, theirs in HEAD_NAMES.items()}
+    except (UserError, KeyError):
+        raise UserError(f"{folder} has no reward head: train one with python reward.py --init {folder}")
+
+
+def is_reward_model(folder):
+    """Does a checkpoint, or adapter, have a reward head? Then it marks answers and writes none."""
+    try:
+        return bool(read_head(folder))
+    except UserError:
+        return False
+
+
+def refuse_reward_model(folder):
+    """Raises UserError where somebody is about to ask a reward model for an answer."""
+    if is_reward_model(folder):
+        raise UserError(f"{folder} is a reward model, which marks answers and writes none: name it with --reward")
+
+
+# ---- adapters: PEFT's files ------------------------------------------------------------------------------------------
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT's wrapper inside PEFT's wrapper
+
+# What may stand in a config: the settings that are read, and those that change nothing once the adapter is trained
+# (which layers were chosen shows in the weights' names). Any other must be off: a setting skipped is a model silently
+# wrong.
+KNOWN = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias",
+         "trainable_token_indices", "nanoalign_nf4", "nanoalign_extra", "target_modules", "exclude_modules",
+         "layers_to_transform", "layers_pattern", "fan_in_fan_out", "inference_mode", "init_lora_weights", "revision",
+         "auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
+ONE_OF = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none",),
+          "init_lora_weights": (True, False, "gaussian", "orthogonal")}  # others (PiSSA, LoftQ) change the base weights
+
+
+def peft_paths(model):
+    """{path of a linear layer of ours: what it is called in PEFT's files}, such as transformer.h.0.attn.c_attn."""
+    names = model.hf_names()
+    return {path: names[f"{path}.weight"][0].removesuffix(".weight") for path in model.linears()}
+
+
+def token_rows(model):
+    """{the name that PEFT gives to trained token rows: the matrix that they are of}; the file holds the rows, whatever it is
+    called."""
+    matrices = model.token_matrices
+    names = [model.hf_names()[f"{name}.weight"][0].removesuffix("weight") for name in matrices]
+    return {f"{theirs}token_adapter.trainable_tokens_delta": name for theirs, name in zip(names, matrices)}
+
+
+def peft_parameters(model):
+    """{name in PEFT's file, without its prefix: parameter} of adapters and token rows."""
+    paths = peft_paths(model)
+    named = {f"{paths[path]}.{name}.weight": getattr(layer, name)
+             for path, layer in lora.adapted(model).items() for name in ("lora_A", "lora_B")}
+    for theirs, name in token_rows(model).items():
+        matrix = model.get_submodule(name)
+        if isinstance(matrix, lora.TrainedTokens):
+            named[theirs] = matrix.rows
+    return named
+
+
+def save_adapter(model, folder, base_name, extra=None):
+    """Writes adapter_model.safetensors and adapter_config.json, each replaced in one step, as PEFT reads them.
+
+    base_name: folder or public name of the base model, recorded for `load` and for PEFT. extra: tensors of a head
+    that goes with the adapter (a reward head), stored beside it under their names (read_extra). Besides PEFT's settings
+    the config records whether the base was quantized in training: "nanoalign_nf4": {"block", "double"} or null.
+    """
+    folder, adapted, paths = Path(folder), lora.adapted(model), peft_paths(model)
+    if not adapted:
+        raise ValueError("the model has no adapters to save")
+    layer, path = next(iter(adapted.values())), next(iter(adapted))
+    theirs = [paths[path] for path in adapted]
+    ends = sorted({name.split(f".{path.split('.')[1]}.", 1)[1] for path, name in zip(adapted, theirs)})
+    in_all_blocks = lora.matching(paths.values(), ends) == theirs
+    matrix = model.get_submodule(model.token_matrices[0])
+    tokens = matrix.ids.tolist() if isinstance(matrix, lora.TrainedTokens) else None
+    nf4 = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "r": layer.r,
+              "lora_alpha": layer.alpha, "lora_dropout": layer.dropout.p, "use_rslora": layer.rslora, "bias": "none",
+              "target_modules": ends if in_all_blocks else theirs,
+              "fan_in_fan_out": model.hf_names()[f"{path}.weight"][1],  # stored as (in, out), as GPT-2's Conv1D is
+              "trainable_token_indices": tokens and {name.split(".")[-3]: tokens for name in token_rows(model)},
+              "inference_mode": True, "init_lora_weights": True,
+              "nanoalign_nf4": {"block": nf4[0].block, "double": nf4[0].scale is not None} if nf4 else None,
+              "nanoalign_extra": sorted(extra or {})}
+    tensors = peft_parameters(model) | (extra or {})
+    tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(folder / CONFIG, config, indent=2)  # last: where it stands, the adapter is whole
+
+
+def is_adapter(folder):
+    """Does the folder hold an adapter, ours or PEFT's?"""
+    return (Path(folder) / CONFIG).is_file()
+
+
+def read_adapter_config(folder):
+    """adapter_config.json -> its settings; token indices by matrix, our own keys filled in where PEFT wrote the file.
+
+    Raises UserError for a damaged file and for settings that would make another model (DoRA, trained biases, ...).
+    """
+    path = Path(folder) / CONFIG
+    try:
+        config = {"nanoalign_nf4": None, "nanoalign_extra": [], "lora_dropout": 0.0, "use_rslora": False,
+                  "base_model_name_or_path": None} | json.loads(path.read_text())
+        unknown = [key for key, value in config.items() if value and key not in KNOWN]
+        unknown += [key for key, allowed in ONE_OF.items() if config.get(key, allowed[0]) not in allowed]
+        if unknown:
+            raise UserError(f"{path} has {unknown[0]} = {config[unknown[0]]!r}: this project reads adapters "
+                            "without that setting")
+        tokens = config.get("trainable_token_indices") or {}
+        tokens = tokens if isinstance(tokens, dict) else {"": tokens}  # a list is of the embedding
+        config["trainable_token_indices"] = {name: [int(i) for i in ids] for name, ids in tokens.items()}
+        if not (int(config["r"]) >= 1 and float(config["lora_alpha"]) > 0 and 0 <= float(config["lora_dropout"]) < 1):
+            raise ValueError("r, lora_alpha or lora_dropout is impossible")
+        nf4 = config["nanoalign_nf4"]
+        config["nanoalign_nf4"] = {"block": int(nf4["block"]), "double": bool(nf4["double"])} if nf4 else None
+        return config
+    except OSError:
+        raise UserError(f"{folder} holds no {CONFIG}, so it is not an adapter folder")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): save or copy the adapter again")
+
+
+def read_tensors(folder):
+    """-> {name without PEFT's prefix: tensor}."""
+    path = Path(folder) / WEIGHTS
+    try:
+        return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+    except FileNotFoundError:
+        raise UserError(f"{folder} has an {CONFIG} but no {WEIGHTS}: save or copy the adapter again")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): save or copy the adapter again")
+
+
+def read_extra(folder):
+    """-> {name: tensor} that save_adapter got as extra; empty where there was none."""
+    tensors = read_tensors(folder)
+    names = read_adapter_config(folder)["nanoalign_extra"]
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise UserError(f"{folder}/{WEIGHTS} lacks {missing[0]}, which {CONFIG} names: save or copy the adapter again")
+    return {name: tensors[name] for name in names}
+
+
+def trained_tokens(model, indices, folder):
+    """{the matrix's name in PEFT's config: ids} -> the ids, the same in every matrix of the model. Raises UserError."""
+    known = [name.split(".")[-3] for name in token_rows(model)]
+    strange = [name for name in indices if name not in ("", *known)]
+    if strange or any(ids != next(iter(indices.values())) for ids in indices.values()):
+        raise UserError(f"{folder}/{CONFIG} trains tokens of {', '.join(indices)}: this project reads the same tokens of "
+                        f"{', '.join(known)}")
+    return next(iter(indices.values()), [])
+
+
+def load_adapter(model, folder):
+    """Adds the adapter in the folder (ours or PEFT's) to its base model, in place -> number of trainable parameters.
+
+    Raises UserError where the files are damaged or made for another model.
+    """
+    config, tensors = read_adapter_config(folder), read_tensors(folder)
+    ours = {theirs: path for path, theirs in peft_paths(model).items()}
+    ours |= {theirs.partition(".")[2]: path for theirs, path in ours.items()}  # an adapter made on the trunk alone
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in config["nanoalign_extra"]}
+    places = {name: name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for name in tensors}
+    rows = [name for theirs in token_rows(model) for name in (theirs, theirs.partition(".")[2])]
+    strange = [name for name, place in places.items() if not (place != name and place in ours or name in rows)]
+    if strange:
+        raise UserError(f"{folder}/{WEIGHTS} is not for this base model, which has no place for {strange[0]}")
+    wanted = list(dict.fromkeys(ours[place] for place in places.values() if place in ours))
+    if not wanted:
+        raise UserError(f"{folder}/{WEIGHTS} holds no adapter of a linear layer")
+    tokens = trained_tokens(model, config["trainable_token_indices"], folder)
+    if tokens:  # chat tokens that training had added
+        resize_vocab(model, max(tokens) + 1)
+    count = lora.add_lora(model, int(config["r"]), config["lora_alpha"], config["lora_dropout"], wanted,
+                          config["use_rslora"], tokens)
+    for name, parameter in peft_parameters(model).items():
+        tensor = tensors.get(name, tensors.get(name.partition(".")[2]))
+        if tensor is None or tensor.shape != parameter.shape:
+            there = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise UserError(f"{folder}/{WEIGHTS}: {name} {there}, but base and {CONFIG} ask for shape "
+                            f"{tuple(parameter.shape)}")
+        parameter.data.copy_(tensor)
+    return count
+
+
+def base_of(folder):
+    """The adapter's base: a public name, or a folder, as given or else relative to the adapter's folder -> str.
+
+    Raises UserError naming both places where the base is in neither.
+    """
+    name = read_adapter_config(folder)["base_model_name_or_path"]
+    if not name:
+        raise UserError(f"{folder}/{CONFIG} names no base model: give it with --base")
+    beside = Path(folder) / name
+    for place in (Path(name), beside):
+        if place.is_dir() and place.resolve() != Path(folder).resolve():
+            return str(place)
+    if name.removeprefix("openai-community/") in PUBLIC:
+        return name.removeprefix("openai-community/")
+    raise UserError(f"the adapter {folder} is of {name}, but there is no folder {name} and no folder {beside}: "
+                    f"put the base there, or name it with python lora.py --base FOLDER --adapter {folder} --out MERGED")

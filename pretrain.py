@@ -1,0 +1,152 @@
+"""Pretraining: a base model learns to predict the next token of plain text (Radford et al. 2019, GPT-2).
+
+    L = -mean_t log p(x_{t+1} | x_1 ... x_t)
+
+    python pretrain.py                     the tiny base model on the island's plain text (out/base)
+    python pretrain.py --data my.txt       the same on your own text
+    python pretrain.py --data my.txt --init gpt2       goes on from the public weights
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import trainer
+from checkpoints import load, save_checkpoint
+from common.flags import TrainConfig, dropout_of, parse
+from data import files
+from data.tokenizer import get_tokenizer
+from island.world import Island
+from model import GPT, GPTConfig, resize_vocab, slices
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+def next_token_loss(model, ids):
+    """-mean log p(ids[:, 1:]) over all positions: ids (B, T) -> scalar. What pretraining minimises."""
+    hidden, targets = model.hidden(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()  # (B * (T-1), C) and (B * (T-1),)
+    return sum(F.cross_entropy(model.head(h).float(), t, reduction="sum")
+               for h, t in slices(model, hidden, targets)) / len(targets)
+
+
+def text_stream(documents, tok):
+    """Documents -> one long row of ids, each document after an end-of-text token (N,)."""
+    return torch.tensor([i for text in documents for i in tok.document(text)])
+
+
+def text_windows(stream, rows, length, seed):
+    """Random windows of the stream: (rows, length). The same seed gives the same windows."""
+    starts = torch.randint(len(stream) - length + 1, (rows,), generator=torch.Generator().manual_seed(seed))
+    return stream[starts[:, None] + torch.arange(length)]
+
+
+@torch.inference_mode()
+def text_loss(model, stream, run, rows=32):
+    """Mean loss per token over a held-out stream, cut into whole contexts."""
+    length = min(model.config.block_size + 1, len(stream))
+    windows = stream[:len(stream) // length * length].view(-1, length)  # (contexts, length)
+    model.eval()
+    with run.autocast():
+        losses = [next_token_loss(model, part.to(run.device)).item() * len(part) for part in windows.split(rows)]
+    model.train()
+    return sum(losses) / len(windows)
+
+
+# ---- plain text beside another loss ----------------------------------------------------------------------------------
+
+def load_mix(config, tok, say):
+    """The plain text beside the conversations as one stream of ids, or None."""
+    if config.mix and config.data and not config.mix_data:
+        say("no plain text beside the conversations: name some with --mix-data to keep what the base model knows")
+        return None
+    if not config.mix:
+        return None
+    if not config.mix_data:
+        return text_stream(Island().plain_text(10_000), tok)
+    rows, report = files.load(config.mix_data, "text")
+    say(report)
+    return text_stream([row["text"] for row in rows], tok)
+
+
+def mix_step(model, text, step, config, run):
+    """Adds the gradient of --mix times the loss on plain text (InstructGPT's PPO-ptx idea, here for SFT)."""
+    length = min(model.config.block_size + 1, len(text))
+    windows = run.share(text_windows(text, config.mix_rows, length, seed=config.seed * 1_000_003 + step))
+    for ids in windows.split(max(1, config.micro_tokens // length)):
+        if len(ids):
+            with run.autocast():
+                loss = config.mix * next_token_loss(model, ids.to(run.device)) * len(ids) / config.mix_rows
+            loss.backward()
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Config(TrainConfig):
+    data: str = ""  # a text file, or .jsonl with {"text"} rows; empty: the island's plain text
+    init: str = ""  # go on from this checkpoint; empty: start from random weights
+    out: str = "out/base"  # folder for the checkpoint and log.jsonl
+    tokenizer: str = "tiny"  # tiny, gpt2, a rank file or a folder
+    steps: int = 600  # optimizer steps
+    batch_size: int = 16  # windows of --block-size tokens per optimizer step
+    lr: float = 6e-3  # highest learning rate
+    warmup: int = 40  # steps in which the learning rate rises from 0
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 128  # width
+    block_size: int = 128  # context length
+    documents: int = 20000  # documents of the island's plain text
+
+
+def load_text(config, tok):
+    """-> training and held-out token streams."""
+    if config.data:
+        rows, report = files.load(config.data, "text")
+        print(report)
+        train, held = files.hold_out(rows)
+        train, held = [row["text"] for row in train], [row["text"] for row in held]
+    else:
+        train, held = Island().plain_text(config.documents), Island().plain_text(400, seed=9)
+    return text_stream(train, tok), text_stream(held, tok)
+
+
+def main(config):
+    run = trainer.start(config)
+    tok = get_tokenizer(config.tokenizer or config.init, config.template or None)
+    train, held = load_text(config, tok)
+    torch.manual_seed(config.seed)
+    if config.init:
+        model = load(config.init, dropout=dropout_of(config), checkpointing=config.checkpointing)
+        resize_vocab(model, tok.vocab_size)
+    else:
+        model = GPT(GPTConfig(config.block_size, tok.vocab_size, config.n_layer, config.n_head, config.n_embd,
+                              dropout_of(config), checkpointing=config.checkpointing))
+    model.to(run.device).train()
+    length = min(model.config.block_size + 1, len(train))
+    steps = config.steps or math.ceil(config.epochs * len(train) / (config.batch_size * length))
+    run.print(f"pretraining {sum(p.numel() for p in model.parameters()):,} parameters on {len(train):,} tokens")
+
+    optimizer = trainer.adamw(model, config)
+    first = trainer.load_state(config, run, steps, model, optimizer)
+    log = trainer.Log(config, run, first, steps)
+    for step in log.steps():
+        trainer.begin_step(step, steps, optimizer, config, run)
+        windows = run.share(text_windows(train, config.batch_size, length, seed=config.seed * 1_000_003 + step))
+        loss = 0.0
+        for ids in windows.split(max(1, config.micro_tokens // length)):
+            with run.autocast():
+                part = next_token_loss(model, ids.to(run.device)) * len(ids) / config.batch_size
+            part.backward()
+            loss += part.item()
+        log.write(step, loss=run.sum(loss), **trainer.update(model, optimizer, config, run, step))
+        if log.due(step, config.eval_every):
+            log.write(step, held_out=text_loss(model, held, run))
+        if log.due(step, config.save_every):
+            save_checkpoint(config, run, step + 1, steps, model, tok, optimizer)
+    trainer.finish(config, run, log, lambda: save_checkpoint(config, run, log.next, steps, model, tok, optimizer))
+    run.print(f"held-out loss {text_loss(model, held, run):.3f}; the base model is in {config.out}\n"
+              f"next: python sft.py --init {config.out}")
+
+
+if __name__ == "__main__":
+    main(parse(Config))
