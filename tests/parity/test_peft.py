@@ -50,7 +50,7 @@ def stir(model):
 
 
 def in_pefts_names(model):
-    return {lora.PREFIX + name: p for name, p in checkpoints.peft_parameters(model).items()}
+    return {checkpoints.PREFIX + name: p for name, p in checkpoints.peft_parameters(model).items()}
 
 
 def trained_by_peft(model):
