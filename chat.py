@@ -37,7 +37,7 @@ from island.world import Island, says
 from data.tokenizer import get_tokenizer
 from common.disk import Ledger, write_jsonl
 from common.errors import UserError
-from common.flags import parse
+from common.flags import Amount, Count, Positive, Probability, parse
 from generate import fit_question, generate, stream
 from reward import load_rewards
 
@@ -307,10 +307,10 @@ def answer_file(speakers, config):
 class Config:
     folders: list[str] = field(default_factory=list)  # checkpoints; none: the newest of out/ppo, out/dpo, out/sft
     system: str = ""  # a system prompt, which says how to answer
-    temperature: float = 0.7  # below 1 likely words become likelier; 0: always the likeliest
-    top_p: float = 0.9  # sample from the fewest tokens that reach this probability together; 1: from all
-    top_k: int = 0  # sample from this many of the likeliest tokens; 0: from all
-    max_new_tokens: int = 256  # longest answer; a conversation always keeps half the context
+    temperature: Amount = 0.7  # below 1 likely words become likelier; 0: always the likeliest
+    top_p: Probability = 0.9  # sample from the fewest tokens that reach this probability together; 1: from all
+    top_k: Count = 0  # sample from this many of the likeliest tokens; 0: from all
+    max_new_tokens: Positive = 256  # longest answer; a conversation always keeps half the context
     memory: int = -1  # earlier questions that it is shown with their answers; -1: as many as fit, 0: none
     reward: str = ""  # shows marks from the start: a reward model, or 0.7*out/a+0.3*out/b; empty: out/reward at /marks
     file: str = ""  # answer this file's questions (any shape that `python -m data.files FILE --want prompts` reads)

@@ -32,7 +32,7 @@ import sft
 import trainer
 from checkpoints import load_init, save_checkpoint
 from common.errors import UserError
-from common.flags import parse
+from common.flags import Amount, parse
 from data.pairs import RankedConfig, answered, choose_pairs, load_ranked
 from generate import sample_text
 from island import exam
@@ -197,7 +197,7 @@ class Config(RankedConfig):
     batch_size: int = 32  # pairs per optimizer step, over all processes
     warmup: int = 10  # steps in which the learning rate rises from 0
     weight_decay: float = 0.0  # AdamW: on matrices only
-    mix: float = 0.0  # weight of the loss on plain text beside each batch: it keeps what the base model knows
+    mix: Amount = 0.0  # weight of the loss on plain text beside each batch: it keeps what the base model knows
     mix_data: str = ""  # plain text for --mix; empty: the island's, where --data is empty too
     mix_rows: int = 4  # contexts of plain text beside each batch
     sample_every: int = 50  # steps between printed samples
@@ -206,6 +206,16 @@ class Config(RankedConfig):
 def default_lr(config, n_embd):
     """1e-4 suits the tiny model (width 128); a wider one gets less in proportion, adapters get more."""
     return (4e-4 if config.lora_r else 1e-4) * 128 / n_embd
+
+
+def dpo_step(model, pairs, config, run):
+    """Adds the gradient of a step's pairs -> {name in TOTALS: mean over the pairs of all processes}."""
+    totals = torch.zeros(len(TOTALS))
+    for part in trainer.split(run.share(pairs), pair_width, config.micro_tokens):
+        loss, sums = forward(model, part, run, config)
+        (loss * len(part) / len(pairs)).backward()  # the parts add up to the mean over the pairs of the whole step
+        totals += sums.cpu()
+    return {name: run.sum(total) / len(pairs) for name, total in zip(TOTALS, totals.tolist())}
 
 
 def main(config):
@@ -230,14 +240,9 @@ def main(config):
     log = trainer.Log(config, run, first, steps)
     for step in log.steps():
         trainer.begin_step(step, steps, optimizer, config, run)
-        pairs, totals = [train[i] for i in batches[step]], torch.zeros(len(TOTALS))
-        for part in trainer.split(run.share(pairs), pair_width, config.micro_tokens):
-            loss, sums = forward(model, part, run, config)
-            (loss * len(part) / len(pairs)).backward()  # the parts add up to the mean over the pairs of the whole step
-            totals += sums.cpu()
+        means = dpo_step(model, [train[i] for i in batches[step]], config, run)
         if text is not None:
             mix_step(model, text, step, config, run)
-        means = {name: run.sum(total) / len(pairs) for name, total in zip(TOTALS, totals.tolist())}
         log.write(step, **means, **trainer.update(model, optimizer, config, run, step))
         if log.due(step, config.eval_every):
             means = evaluate(model, some, run, config)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import trainer
 from common.errors import UserError
-from common.flags import parse
+from common.flags import Amount, Count, Positive, Probability, parse
 from common.disk import on_disk
 from evals import measure, story
 
@@ -26,22 +26,22 @@ class Config:
     folders: list[str] = field(default_factory=list)  # checkpoint folders or gpt2 ...; none: out/base, out/sft, out/dpo, out/ppo
     story: bool = False  # run whatever stage is missing and write the whole story into --out (out/story)
     data: str = ""  # your files with conversations, with commas between; empty: the island
-    sample: int = 100  # rows of each file, drawn by --seed; 0: all
-    max_new_tokens: int = 512  # longest answer to your data; at most half the model's context
-    temperature: float = 0.0  # of answers to your data and for a judge; 0: greedy (the island's table: always 1)
-    top_p: float = 1.0  # of answers to your data: sample from the likeliest tokens that have this probability together
+    sample: Count = 100  # rows of each file, drawn by --seed; 0: all
+    max_new_tokens: Positive = 512  # longest answer to your data; at most half the model's context
+    temperature: Amount = 0.0  # of answers to your data and for a judge; 0: greedy (the island's table: always 1)
+    top_p: Probability = 1.0  # of answers to your data: sample from the likeliest tokens that have this probability together
     choices: str = ""  # multiple choice: quiz (the island's), or files in the shape of ARC, HellaSwag, MMLU, TruthfulQA
     shots: str = "0"  # multiple choice: examples before each question; leaderboard: 25, 10, 5 and 6, as it counted
     examples: str = ""  # multiple choice: the file that the examples are from; empty: the questions' own
     judge: str = ""  # gold, a reward model's folder, or http://address/v1#model (key: OPENAI_API_KEY)
     judge_reference: bool = False  # show the judge the answers in your data as right ones
     bert_score: bool = False  # BERTScore of answers to your data too (needs pip install bert-score and a network)
-    n: int = 400  # questions about the island, for its table, its quiz and its judge
+    n: Positive = 400  # questions about the island, for its table, its quiz and its judge
     reward: str = "out/reward"  # a reward model's folder, or 0.7*out/a+0.3*out/b
     reference: str = ""  # KL is measured from this checkpoint; empty: out/sft-community or out/sft
     out: str = ""  # folder for numbers, answers and pictures; empty: out/evaluate
-    batch_size: int = 32  # answers generated at a time
-    micro_tokens: int = 16384  # padded tokens in one forward pass
+    batch_size: Positive = 32  # answers generated at a time
+    micro_tokens: Positive = 16384  # padded tokens in one forward pass
     seed: int = 0  # of everything random
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: str = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it

@@ -17,7 +17,7 @@ import torch
 import trainer
 from checkpoints import load, load_to_ask
 from common.errors import UserError
-from common.flags import TrainConfig, parse
+from common.flags import Amount, Count, Positive, Probability, TrainConfig, parse
 from data.shapes import says
 from data.tokenizer import fit, get_tokenizer
 from model import Cache
@@ -163,11 +163,11 @@ def asker(folder, max_new_tokens):
 @dataclass
 class Config:
     words: list[str] = field(default_factory=list)  # the checkpoint's folder, or gpt2 ..., then the text that it continues
-    n: int = 1  # continuations
-    max_new_tokens: int = 64  # longest continuation
-    temperature: float = 0.8  # below 1 likely words become likelier; 0: always the likeliest
-    top_p: float = 1.0  # sample from the fewest tokens that reach this probability together; 1: from all
-    top_k: int = 0  # sample from this many of the likeliest tokens; 0: from all
+    n: Positive = 1  # continuations
+    max_new_tokens: Positive = 64  # longest continuation
+    temperature: Amount = 0.8  # below 1 likely words become likelier; 0: always the likeliest
+    top_p: Probability = 1.0  # sample from the fewest tokens that reach this probability together; 1: from all
+    top_k: Count = 0  # sample from this many of the likeliest tokens; 0: from all
     seed: int = 0  # of the sampling
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: str = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it

@@ -100,13 +100,14 @@ class TrainedTokens(nn.Module):
         return torch.where((row >= 0).unsqueeze(-1), trained, x)
 
     def logits(self, hidden):
-        """(..., C) -> (..., V)."""
+        """(..., C) -> (..., V), float32 as TokenMatrix.logits."""
         logits = self.frozen.logits(hidden)
         if self.off:
             return logits
         # adds what the rows have moved: writing new columns would make the backward pass copy the logits' gradient
         moved = self.rows - self.frozen.weight[self.ids]  # (len(ids), C)
-        return logits.index_add_(-1, self.ids, F.linear(hidden, moved))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return logits.index_add_(-1, self.ids, F.linear(hidden.to(moved.dtype), moved))
 
 
 # ---- adding adapters to a model, and switching them off --------------------------------------------------------------

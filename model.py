@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from common import hub
 from common.errors import UserError, end_politely
 from common.tables import table
+from kernels import head
 
 
 @dataclass
@@ -108,7 +109,10 @@ class TokenMatrix(nn.Embedding):
     predicted. GPT-2 has one for both."""
 
     def logits(self, hidden):
-        return F.linear(hidden, self.weight)  # (..., C) -> (..., V)
+        """(..., C) -> (..., V), in float32 whatever autocast says: a network may give all tokens logits around -100 (GPT-2
+        does), and bfloat16's three digits would put every probability off by up to a half."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(self.weight.dtype), self.weight)
 
 
 class GPT(nn.Module):
@@ -145,14 +149,14 @@ class GPT(nn.Module):
         positions = torch.arange(ids.size(1), device=ids.device) if cache is None else cache.positions(ids.size(1))
         x = self.drop(self.embedding(ids) + self.position_embedding(positions))  # (B, T, C)
         for block in self.blocks:
-            if self.config.checkpointing and self.training:
+            if self.config.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, cache)
         return self.norm(x)
 
     def head(self, hidden):
-        """(..., C) -> logits (..., V). Call it only on the positions that need logits: with GPT-2's vocabulary the
+        """(..., C) -> logits (..., V), float32. Call it only on the positions that need logits: with GPT-2's vocabulary the
         head is a third of the compute of the small model and most of its memory."""
         return self.embedding.logits(hidden)
 
@@ -263,14 +267,31 @@ def read_config(folder):
 def token_logps(model, ids, mask, temperature=1.0):
     """log p(ids[:, 1:]) where mask[:, 1:] is 1, and 0 elsewhere: (B, T) and (B, T) -> (B, T-1), float32.
 
-    The head runs on the masked positions only. Divide by the temperature that the tokens were sampled with: those are
-    the probabilities they had.
+    Every loss of this project is made of these numbers: pretraining (a mask of ones), SFT (their masked mean), DPO
+    (differences of their sums), PPO (ratios). The head runs on the masked positions only. temperature: the one that the
+    tokens were sampled with, for the probabilities that they had.
     """
-    learned = mask[:, 1:].bool()
-    hidden, targets = model.hidden(ids[:, :-1])[learned], ids[:, 1:][learned]  # (N, C) and (N,), N = learned.sum()
-    logps = torch.cat([-F.cross_entropy(model.head(h).float() / temperature, t, reduction="none")  # log softmax at t
+    learned, (hidden, targets) = mask[:, 1:].bool(), supervised(model, ids, mask)
+    logps = torch.cat([-F.cross_entropy(model.head(h) / temperature, t, reduction="none")  # log softmax at t
                        for h, t in slices(model, hidden, targets)])  # (N,)
-    return torch.zeros(learned.shape, device=ids.device).masked_scatter(learned, logps)
+    return logps.new_zeros(learned.shape).masked_scatter(learned, logps)
+
+
+def summed_logps(model, ids, mask):
+    """token_logps(model, ids, mask).sum() -> scalar, for losses that are means. Where the head is a plain matrix its gradient
+    is made beside the logits (kernels/head.py), which then need not be kept for the backward pass."""
+    matrix = model.get_submodule(model.token_matrices[-1])
+    if type(matrix) is not TokenMatrix or not torch.is_grad_enabled():
+        return token_logps(model, ids, mask).sum()
+    hidden, targets = supervised(model, ids, mask)
+    return head.summed_logps(hidden, matrix.weight, targets, rows=max(1, SLICE // model.config.vocab_size))
+
+
+def supervised(model, ids, mask):
+    """-> the hidden states (N, C) that predict the masked tokens, and these tokens (N,). The shift by one happens here and
+    only here: position t predicts token t + 1."""
+    learned = mask[:, 1:].bool()  # (B, T-1)
+    return model.hidden(ids[:, :-1])[learned], ids[:, 1:][learned]
 
 
 SLICE = 2 ** 23  # logits made at a time: 32 MB

@@ -35,8 +35,9 @@ import json
 import math
 import random
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -48,10 +49,10 @@ import trainer
 from checkpoints import load, load_init, save_model
 from common import plots
 from common.errors import UserError
-from common.flags import parse
+from common.flags import Amount, Count, Positive, Share, TrainConfig, parse
 from data import files
-from data.pairs import RankedConfig
 from data.readability import readability
+from data.shapes import says
 from data.tokenizer import get_tokenizer
 from generate import generate
 from island import exam
@@ -60,10 +61,6 @@ from model import resize_vocab, token_logps
 from pretrain import load_mix, mix_step
 from quant import quantize_model
 from reward import RewardModel
-
-# Every (B, T) below has a column for each token but the first: column t belongs to token t + 1 of ids (B, T + 1), and mask
-# is 1 where that token is part of the response, its end token included.
-
 
 # ---- the equations ---------------------------------------------------------------------------------------------------
 
@@ -143,17 +140,58 @@ def adapted_beta(beta, kl, target, n, horizon):
 
 # ---- 1. roll out -----------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def rollout(policy, tok, prompts, config, run, seed):
-    """Answers to prompts (lists of ids) -> ids (B, T + 1), mask (B, T), texts, and which of them ended (B,).
+@dataclass
+class Rollout:
+    """The responses of one iteration, and what each part of it finds out about them.
 
-    Sampled at config.temperature without top-k or top-p: the log-probabilities below are of the distribution that was sampled.
+    ids is (B, T + 1). Every (B, T) has a column for each token but the first: column t belongs to token t + 1 of ids, and mask
+    is 1 where that token is part of the response, its end token included.
+    """
+
+    conversations: list  # B conversations, each with the response as its last message
+    ids: torch.Tensor  # (B, T + 1), padded on the right
+    mask: torch.Tensor  # (B, T)
+    ended: torch.Tensor  # (B,) bool: is there an end token?
+    scores: torch.Tensor = None  # (B,), a mark for each response
+    old_logps: torch.Tensor = None  # (B, T) of the policy that sampled
+    ref_logps: torch.Tensor = None  # (B, T) of the reference
+    old_values: torch.Tensor = None  # (B, T) of the value model, of the state before each token
+    advantages: torch.Tensor = None  # (B, T), whitened
+    returns: torch.Tensor = None  # (B, T)
+
+    def rows(self, which):
+        """Some of the responses, without the columns that only longer ones need -> Rollout."""
+        part = {name: x[which] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        width = int(part["mask"].sum(0).nonzero().max()) + 1  # columns of the mask in use
+        part = {name: x[:, :width + (name == "ids")] if x.dim() == 2 else x for name, x in part.items()}
+        return replace(self, conversations=[self.conversations[i] for i in which.tolist()], **part)
+
+    def parts(self, micro_tokens):
+        """Yields (rows, Rollout of these rows) of at most micro_tokens padded tokens each, shorter ones together."""
+        lengths = self.mask.size(1) + 1 - self.mask.flip(1).cumsum(1).eq(0).sum(1)  # (B,) of prompt and response
+        for rows in trainer.split(range(len(lengths)), lengths.tolist().__getitem__, micro_tokens):
+            rows = torch.tensor(rows, device=self.ids.device)
+            yield rows, self.rows(rows)
+
+
+def response_logps(model, rollout, temperature):
+    """log p of every response token -> (B, T), 0 elsewhere."""
+    full = torch.cat([torch.zeros_like(rollout.mask[:, :1]), rollout.mask], dim=1)  # (B, T + 1), as token_logps has it
+    return token_logps(model, rollout.ids, full, temperature)
+
+
+@torch.no_grad()
+def roll_out(policy, tok, questions, prompts, config, run, seed):
+    """The policy answers questions (conversations), whose ids are prompts -> Rollout.
+
+    Sampled at config.temperature without top-k or top-p: the log-probabilities are of the distribution that was sampled.
     """
     with run.autocast():
         responses = generate(policy, prompts, config.max_new_tokens, config.temperature, stop=tok.end, seed=seed)
     ids, mask = trainer.pad([(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, responses)], run.device)
     ended = torch.tensor([r[-1] == tok.end for r in responses], device=run.device)
-    return ids, mask[:, 1:].float(), [tok.answer(r) for r in responses], ended
+    conversations = [question + [says("assistant", tok.answer(r))] for question, r in zip(questions, responses)]
+    return Rollout(conversations, ids, mask[:, 1:].float(), ended)
 
 
 # ---- 2. score --------------------------------------------------------------------------------------------------------
@@ -197,92 +235,115 @@ def own_reward(spec):
     return scores
 
 
+def score(rollout, scorer, config, run):
+    """Fills in the scores. A response without an end token gets --missing-eos-score: the policy must learn to stop."""
+    scores = torch.tensor(scorer(rollout.conversations), dtype=torch.float32, device=run.device)  # (B,)
+    rollout.scores = torch.where(rollout.ended, scores, config.missing_eos_score)
+
+
 # ---- 3. estimate -----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def estimate(policy, reference, value, ids, mask, scores, beta, config, run):
-    """What the updates need, fixed before the first of them: old_logps, old_values, advantages, returns; and ref_logps."""
-    full = torch.cat([torch.zeros_like(mask[:, :1]), mask], dim=1)  # (B, T + 1), as token_logps has it
-    with run.autocast():
-        old_logps = token_logps(policy, ids, full, config.temperature)
-        with reference() as frozen:
-            ref_logps = token_logps(frozen, ids, full, config.temperature)
-        old_values = value.values(ids)[:, :-1].float() * mask
-    rewards = kl_rewards(scores, old_logps, ref_logps, mask, beta)
-    advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
-    return old_logps, ref_logps, old_values, whiten(advantages, mask), returns
+def estimate(rollout, policy, reference, value, beta, config, run):
+    """Fills in what the updates need, fixed before the first of them: log-probabilities, values, advantages, returns."""
+    r, mask = rollout, rollout.mask
+    r.old_logps, r.ref_logps, r.old_values = (torch.zeros_like(mask) for _ in range(3))
+    for rows, part in rollout.parts(config.micro_tokens):
+        T = part.mask.size(1)
+        with run.autocast():
+            r.old_logps[rows, :T] = response_logps(policy, part, config.temperature)
+            with reference() as frozen:
+                r.ref_logps[rows, :T] = response_logps(frozen, part, config.temperature)
+            r.old_values[rows, :T] = value.values(part.ids)[:, :-1] * part.mask
+    rewards = kl_rewards(r.scores, r.old_logps, r.ref_logps, mask, beta)
+    advantages, r.returns = gae(rewards, r.old_values, mask, config.gamma, config.lam)
+    r.advantages = whiten(advantages, mask)
 
 
 # ---- 4. update -------------------------------------------------------------------------------------------------------
 
-def update(policy, value, optimizers, ids, mask, fixed, text, step, config, run):
-    """config.ppo_epochs passes over the rollouts in minibatches -> {what is logged: its mean over the minibatches}."""
-    full = torch.cat([torch.zeros_like(mask[:, :1]), mask], dim=1)  # (B, T + 1)
-    old_logps, _, old_values, advantages, returns = fixed
+def ppo_update(rollout, policy, value, optimizers, text, step, config, run):
+    """config.ppo_epochs passes over the rollout in minibatches -> {what is logged: its mean over the minibatches}."""
     order, logs = random.Random(f"{config.seed} {step}"), []
     for _ in range(config.ppo_epochs):
-        rows = order.sample(range(len(ids)), len(ids))
+        rows = order.sample(range(len(rollout.ids)), len(rollout.ids))
         for start in range(0, len(rows), config.minibatch):
-            part = torch.tensor(rows[start:start + config.minibatch], device=run.device)
-            width = int(mask[part].sum(0).nonzero().max()) + 2  # columns of ids in use: these rows may be shorter than others
-            i, m = ids[part, :width], mask[part, :width - 1]  # (b, width) and (b, width - 1)
-            now = [x[part, :width - 1] for x in (old_logps, old_values, advantages, returns)]
-            with run.autocast():
-                logps = token_logps(policy, i, full[part, :width], config.temperature)
-                values = value.values(i)[:, :-1].float()
-            loss, clipfrac = policy_loss(logps, now[0], now[2], m, config.clip_ratio)
-            v_loss = value_loss(values, now[1], now[3], m, config.clip_value)
-            if not logs:
-                check_ratio(logps, now[0], m, step, run)
-            (loss + v_loss).backward()  # two models, two optimizers: neither gradient touches the other's weights
+            batch = rollout.rows(torch.tensor(rows[start:start + config.minibatch], device=run.device))
+            sums = {}
+            for _, part in batch.parts(config.micro_tokens):
+                for name, x in accumulate(part, policy, value, batch.mask.sum(), not logs, step, config, run).items():
+                    sums[name] = sums.get(name, 0.0) + x
             if text is not None:
                 mix_step(policy, text, step, config, run)
             norms = [trainer.update(model, optimizer, config, run, step)["grad_norm"]
                      for model, optimizer in zip((policy, value), optimizers)]
-            logs.append({"policy_loss": loss.item(), "value_loss": v_loss.item(), "clipfrac": clipfrac.item(),
-                         "approx_kl": kl_k3(logps.detach(), now[0], m).item(), "grad_norm": norms[0]})
+            logs.append(sums | {"grad_norm": norms[0], "value_grad_norm": norms[1]})
     return {name: sum(log[name] for log in logs) / len(logs) for name in logs[0]}
+
+
+def accumulate(part, policy, value, n, first, step, config, run):
+    """Adds the gradient of a part of a minibatch whose responses have n tokens -> its share of what is logged."""
+    with run.autocast():
+        logps = response_logps(policy, part, config.temperature)
+        values = value.values(part.ids)[:, :-1]
+    loss, clipfrac = policy_loss(logps, part.old_logps, part.advantages, part.mask, config.clip_ratio)
+    v_loss = value_loss(values, part.old_values, part.returns, part.mask, config.clip_value)
+    if first:
+        check_ratio(logps, part.old_logps, part.mask, step, run)
+    share = part.mask.sum() / n  # means over the tokens of the parts add up to that over the minibatch's tokens
+    ((loss + v_loss) * share).backward()  # two models, two optimizers: neither gradient touches the other's weights
+    approx_kl = kl_k3(part.old_logps, logps.detach(), part.mask)  # KL(old || new), on samples of old
+    found = {"policy_loss": loss, "value_loss": v_loss, "clipfrac": clipfrac, "approx_kl": approx_kl}
+    return {name: (x * share).item() for name, x in found.items()}
 
 
 def check_ratio(logps, old_logps, mask, step, run):
     """Before the first update of a rollout policy and old policy are the same, so every ratio must be 1. If one is not, the two
     forward passes differ (dropout left on, another temperature, another padding) and every later number is wrong."""
     off = ((logps.detach() - old_logps) * mask).exp().sub(1).abs().max().item()
-    if off > (1e-5 if run.dtype == torch.float32 else 5e-2):  # bfloat16 rounds differently in batches of other sizes
-        run.print(f"step {step}: before the first update a ratio is {1 + off:.5f} and not 1: old and new log-probabilities differ")
+    if off > (1e-5 if run.dtype == torch.float32 else 2e-2):  # bfloat16 rounds differently in batches of other sizes
+        run.print(f"step {step}: before the first update a ratio is {1 + off:.5f} and not 1: old and new log-probabilities "
+                  "differ")
 
 
 # ---- from start to end -----------------------------------------------------------------------------------------------
 
 @dataclass
-class Config(RankedConfig):
+class Config(TrainConfig):
+    epochs: ClassVar[float] = 0.0  # --steps says how long
+    eval_every: ClassVar[int] = 0  # every iteration measures its own responses
+    dropout: ClassVar[str] = "0"  # off, or the ratio would not start at 1
+    lora_dropout: ClassVar[float] = 0.0  # the same
     data: str = ""  # a file with questions (any shape that `python -m data.files FILE --want prompts` reads); empty: the island
+    init: str = "out/sft-community"  # start from this checkpoint, which is the reference too
     out: str = "out/ppo"  # folder for the checkpoint and log.jsonl
     reward: str = "out/reward"  # a reward model's folder, 0.7*out/a+0.3*out/b, readability, gold, or module:function
-    beta: float = 0.4  # weight of the KL penalty
-    target_kl: float = 0.0  # adapts --beta to keep the KL of a response near this; 0: --beta stays
-    horizon: int = 3200  # responses over which --target-kl adapts
-    stop_kl: float = 0.0  # ends the run where the KL of a response is beyond this; 0: never
+    beta: Amount = 0.4  # weight of the KL penalty
+    target_kl: Amount = 0.0  # adapts --beta to keep the KL of a response near this; 0: --beta stays
+    horizon: Positive = 3200  # responses over which --target-kl adapts
+    stop_kl: Amount = 0.0  # ends the run where the KL of a response is beyond this; 0: never
     steps: int = 50  # iterations: roll out, score, update
     batch_size: int = 64  # responses in an iteration
-    minibatch: int = 32  # responses in an update
-    ppo_epochs: int = 2  # passes over an iteration's responses
-    max_new_tokens: int = 32  # longest response
-    temperature: float = 1.0  # of the sampling, and of the log-probabilities
+    minibatch: Positive = 32  # responses in an update
+    ppo_epochs: Positive = 2  # passes over an iteration's responses
+    n_prompts: Positive = 2000  # the island: questions that are drawn from
+    merge_system: bool = False  # fold a system prompt into the first user turn
+    max_new_tokens: Positive = 32  # longest response
+    temperature: Amount = 1.0  # of the sampling, and of the log-probabilities
     missing_eos_score: float = -1.0  # the score of a response without an end token, in place of the model's
-    gamma: float = 1.0  # discount
-    lam: float = 0.95  # lambda of the advantages: 1 trusts the rewards, 0 the value model
-    clip_ratio: float = 0.2  # how far the policy may move for one token within an iteration
-    clip_value: float = 0.2  # the same for a value
+    gamma: Share = 1.0  # discount
+    lam: Share = 0.95  # lambda of the advantages: 1 trusts the rewards, 0 the value model
+    clip_ratio: Amount = 0.2  # how far the policy may move for one token within an iteration
+    clip_value: Amount = 0.2  # the same for a value
     lr: float = 2e-4  # highest learning rate, of policy and value model
     warmup: int = 0  # steps in which the learning rate rises from 0
     schedule: str = "constant"  # cosine, linear or constant
     eps: float = 1e-5  # AdamW: added to the root of the square; PPO's gradients are noisy where they are small
     weight_decay: float = 0.0  # AdamW: on matrices only
-    mix: float = 0.0  # PPO-ptx: weight of the loss on plain text in each update
+    mix: Amount = 0.0  # PPO-ptx: weight of the loss on plain text in each update
     mix_data: str = ""  # plain text for --mix; empty: the island's, where --data is empty too
-    mix_rows: int = 4  # contexts of plain text in each update
-    sample_every: int = 10  # steps between printed responses
+    mix_rows: Positive = 4  # contexts of plain text in each update
+    sample_every: Count = 10  # steps between printed responses
 
 
 def load_prompts(config, tok, block_size, say):
@@ -293,7 +354,7 @@ def load_prompts(config, tok, block_size, say):
         island = None
     else:
         island = Island()
-        rows = island.prompts(config.n_ranked)
+        rows = island.prompts(config.n_prompts)
     questions = [row["prompt"] for row in rows]
     ids = [tok.render_prompt(question) for question in questions]
     kept = [i for i, row in enumerate(ids) if len(row) + config.max_new_tokens <= block_size]
@@ -311,12 +372,15 @@ def load_models(config, run):
     if config.reward == Config.reward:
         trainer.ensure(config.reward, reward_model, config, run)
     if config.lora_r:  # one set of base weights is both: without its adapters the policy is the SFT model
-        reference = lambda: lora.lora_off(policy)
+        def reference():
+            return lora.lora_off(policy)
     else:
         frozen = load(config.init)
         resize_vocab(frozen, tok.vocab_size)
         frozen.to(run.device).eval().requires_grad_(False)
-        reference = lambda: nullcontext(frozen)
+
+        def reference():
+            return nullcontext(frozen)
     value = start_value_model(policy, tok, config, run)
     return tok, policy.eval(), reference, value.eval()  # eval: dropout off everywhere, or the ratio would not start at 1
 
@@ -339,7 +403,9 @@ def start_value_model(policy, tok, config, run):
 
 def explained_variance(values, returns, mask):
     """1 - Var(returns - values) / Var(returns): 1 is a perfect value model, 0 one that knows only the mean."""
-    variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
     return (1 - variance(returns - values) / variance(returns).clamp(min=1e-8)).item()
 
 
@@ -370,39 +436,43 @@ def main(config):
     for step in log.steps():
         for optimizer in optimizers:
             trainer.begin_step(step, config.steps, optimizer, config, run)
-        rows = batches[step]
-        clock = trainer.Clock(run)
-        ids, mask, answers, ended = rollout(policy, tok, [prompts[i] for i in rows], config, run, seed=config.seed * 1_000_003 + step)
+        clock, rows, seed = trainer.Clock(run), batches[step], config.seed * 1_000_003 + step
+        rollout = roll_out(policy, tok, [questions[i] for i in rows], [prompts[i] for i in rows], config, run, seed)
         clock.lap("rollout")
-        asked = [questions[i] + [{"role": "assistant", "content": answer}] for i, answer in zip(rows, answers)]
-        scores = torch.tensor(scorer(asked), device=run.device)
-        scores = torch.where(ended, scores, config.missing_eos_score)  # it must learn to stop
-        fixed = estimate(policy, reference, value, ids, mask, scores, adaptive["beta"], config, run)
+        score(rollout, scorer, config, run)
+        estimate(rollout, policy, reference, value, adaptive["beta"], config, run)
         clock.lap("scoring")
-        updates = update(policy, value, optimizers, ids, mask, fixed, text, step, config, run)
+        updates = ppo_update(rollout, policy, value, optimizers, text, step, config, run)
         clock.lap("update")
-        kl = measure(log, step, asked, mask, scores, ended, fixed, updates, adaptive, island, clock)
+        kl = measure(log, step, rollout, updates, adaptive, island, clock)
         if config.target_kl:
             adaptive["beta"] = adapted_beta(adaptive["beta"], kl, config.target_kl, len(rows), config.horizon)
         if log.due(step, config.sample_every):
-            log.print("\n".join(f"   {c[-2]['content']!r} -> {c[-1]['content']!r}  score {s:.2f}" for c, s in zip(asked[:4], scores)))
+            log.print(sample_lines(rollout))
         if log.due(step, config.save_every):
             save(step + 1)
         if config.stop_kl and kl > config.stop_kl:
-            log.print(f"step {step}: the KL of a response is {kl:.1f}, beyond --stop-kl {config.stop_kl:g}, so the run ends here")
+            log.print(f"step {step}: the KL of a response is {kl:.1f}, beyond --stop-kl {config.stop_kl:g}: the run ends here")
             break
     trainer.finish(config, run, log, lambda: save(log.next))
     report(policy, tok, scorer, island, config, run)
 
 
-def measure(log, step, asked, mask, scores, ended, fixed, updates, adaptive, island, clock):
+def sample_lines(rollout, n=4):
+    """A few responses with their scores, to read while it trains."""
+    return "\n".join(f"   {c[-2]['content']!r} -> {c[-1]['content']!r}  score {s:.2f}"
+                     for c, s in zip(rollout.conversations[:n], rollout.scores))
+
+
+def measure(log, step, rollout, updates, adaptive, island, clock):
     """Writes the iteration's numbers to the log -> the mean KL of a response (k1)."""
-    old_logps, ref_logps, old_values, _, returns = fixed
-    kl = kl_k1(old_logps, ref_logps, mask).mean().item()
-    gold = {"gold": sum(island.gold(c[:-1], c[-1]["content"]) for c in asked) / len(asked)} if island else {}
-    log.write(step, score=scores.mean().item(), **gold, kl=kl, k3=kl_k3(old_logps, ref_logps, mask).item(),
-              entropy=-masked_mean(old_logps, mask).item(), length=mask.sum(1).mean().item(), ended=ended.float().mean().item(),
-              explained_variance=explained_variance(old_values, returns, mask), beta=adaptive["beta"], **updates, **clock.laps)
+    r, mask = rollout, rollout.mask
+    kl = kl_k1(r.old_logps, r.ref_logps, mask).mean().item()
+    gold = [island.gold(c[:-1], c[-1]["content"]) for c in r.conversations] if island else []
+    log.write(step, score=r.scores.mean().item(), **({"gold": sum(gold) / len(gold)} if gold else {}), kl=kl,
+              k3=kl_k3(r.old_logps, r.ref_logps, mask).item(), entropy=-masked_mean(r.old_logps, mask).item(),
+              length=mask.sum(1).mean().item(), ended=r.ended.float().mean().item(),
+              explained_variance=explained_variance(r.old_values, r.returns, mask), beta=adaptive["beta"], **updates, **clock.laps)
     return kl
 
 

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 import trainer
 from checkpoints import load, save_checkpoint
@@ -18,15 +17,13 @@ from common.flags import TrainConfig, dropout_of, parse
 from data import files
 from data.tokenizer import get_tokenizer
 from island.world import Island
-from model import GPT, GPTConfig, resize_vocab, slices
+from model import GPT, GPTConfig, resize_vocab, summed_logps
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 def next_token_loss(model, ids):
     """-mean log p(ids[:, 1:]) over all positions: ids (B, T) -> scalar. What pretraining minimises."""
-    hidden, targets = model.hidden(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()  # (B * (T-1), C) and (B * (T-1),)
-    return sum(F.cross_entropy(model.head(h).float(), t, reduction="sum")
-               for h, t in slices(model, hidden, targets)) / len(targets)
+    return -summed_logps(model, ids, torch.ones_like(ids)) / ids[:, 1:].numel()
 
 
 def text_stream(documents, tok):
@@ -38,6 +35,18 @@ def text_windows(stream, rows, length, seed):
     """Random windows of the stream: (rows, length). The same seed gives the same windows."""
     starts = torch.randint(len(stream) - length + 1, (rows,), generator=torch.Generator().manual_seed(seed))
     return stream[starts[:, None] + torch.arange(length)]
+
+
+def pretrain_step(model, stream, rows, step, config, run, weight=1.0):
+    """Adds the gradient of `weight` times the loss on the step's windows of the stream -> that loss, this process's share."""
+    length, total = min(model.config.block_size + 1, len(stream)), 0.0
+    windows = run.share(text_windows(stream, rows, length, seed=config.seed * 1_000_003 + step))  # (rows, length)
+    for ids in windows.split(max(1, config.micro_tokens // length)) if len(windows) else ():
+        with run.autocast():
+            loss = weight * next_token_loss(model, ids.to(run.device)) * len(ids) / rows
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 @torch.inference_mode()
@@ -70,13 +79,7 @@ def load_mix(config, tok, say):
 
 def mix_step(model, text, step, config, run):
     """Adds the gradient of --mix times the loss on plain text (InstructGPT's PPO-ptx idea, here for SFT)."""
-    length = min(model.config.block_size + 1, len(text))
-    windows = run.share(text_windows(text, config.mix_rows, length, seed=config.seed * 1_000_003 + step))
-    for ids in windows.split(max(1, config.micro_tokens // length)):
-        if len(ids):
-            with run.autocast():
-                loss = config.mix * next_token_loss(model, ids.to(run.device)) * len(ids) / config.mix_rows
-            loss.backward()
+    return pretrain_step(model, text, config.mix_rows, step, config, run, weight=config.mix)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------
@@ -131,13 +134,7 @@ def main(config):
     log = trainer.Log(config, run, first, steps)
     for step in log.steps():
         trainer.begin_step(step, steps, optimizer, config, run)
-        windows = run.share(text_windows(train, config.batch_size, length, seed=config.seed * 1_000_003 + step))
-        loss = 0.0
-        for ids in windows.split(max(1, config.micro_tokens // length)):
-            with run.autocast():
-                part = next_token_loss(model, ids.to(run.device)) * len(ids) / config.batch_size
-            part.backward()
-            loss += part.item()
+        loss = pretrain_step(model, train, config.batch_size, step, config, run)
         log.write(step, loss=run.sum(loss), **trainer.update(model, optimizer, config, run, step))
         if log.due(step, config.eval_every):
             log.write(step, held_out=text_loss(model, held, run))

@@ -48,22 +48,16 @@ def bradley_terry_loss(chosen, rejected, weight=None):
     return (weight * nll).sum() / weight.sum().clamp(min=1e-8)
 
 
-def pairwise_loss(scores, weights):
-    """sum_ij weights_ij * -log sigmoid(s_i - s_j): scores (N,), weights (N, N) -> scalar.
+def ranking_loss(scores, ranks, compared=None):
+    """One question: scores (K,) and ranks (K,), 0 the best -> scalar, the mean of -log sigmoid(s_i - s_j) over its pairs
+    (Ouyang et al. 2022, equation 1). An answer in many pairs is scored only once.
 
-    weights_ij is the weight of "i beats j", 0 where nobody said so. An answer in many pairs is scored only once.
+    compared (K, K): whether a pair counts; None: all do. Equal ranks give no pair; without any pair the loss is 0.
     """
-    differences = scores[:, None] - scores[None, :]  # (N, N): s_i - s_j
-    return -(weights * F.logsigmoid(differences)).sum()
-
-
-def ranking_loss(scores, ranks):
-    """One question: scores (K,) and ranks (K,), 0 the best -> scalar, the mean over its pairs.
-
-    Equal ranks give no pair; without any pair the loss is 0.
-    """
-    better = (ranks[:, None] < ranks[None, :]).to(scores.dtype)  # (K, K)
-    return pairwise_loss(scores, better / better.sum().clamp(min=1))
+    better = ranks[:, None] < ranks[None, :]  # (K, K): i beats j
+    better = (better if compared is None else better & compared).to(scores.dtype)
+    differences = scores[:, None] - scores[None, :]  # (K, K): s_i - s_j
+    return -(better * F.logsigmoid(differences)).sum() / better.sum().clamp(min=1)
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -111,42 +105,57 @@ class RewardModel(nn.Module):
 
 # ---- from ranked answers to examples ---------------------------------------------------------------------------------
 
-def make_questions(rows, tok, longest, config, say=print):
-    """Ranked rows -> [(answers, pairs), ...]: ids of whole conversations, end token included, of the answers that are in a
-    pair, and which beats which."""
-    questions = []
+@dataclass
+class Ranking:
+    """The answers to one question, and which beats which."""
+
+    ids: list  # of whole conversations, end token included: K lists
+    ranks: torch.Tensor  # (K,), 0 is the best
+    compared: torch.Tensor  # (K, K) bool: does the pair count?
+
+    @property
+    def longest(self):
+        return max(map(len, self.ids))
+
+
+def make_rankings(rows, tok, longest, config, say=print):
+    """Ranked rows -> [Ranking, ...] of the answers that are in a pair, as --pairs and --max-pairs say."""
+    rankings = []
     for prompt, answers, pairs in choose_pairs(rows, tok, longest, config, say):
         used = sorted({k for pair in pairs for k in pair})
+        scores = torch.tensor([answers[k]["score"] for k in used], dtype=torch.float64)
+        compared = torch.zeros(len(used), len(used), dtype=torch.bool)
+        for better, worse in pairs:
+            compared[used.index(better), used.index(worse)] = True
+        ranks = (scores[:, None] < scores[None, :]).sum(1)  # how many are better; equal scores have equal ranks
         ids = [tok.render(answered(prompt, answers[k]["text"]))[0] for k in used]
-        questions.append((ids, [(used.index(w), used.index(l)) for w, l in pairs]))
-    return questions
+        rankings.append(Ranking(ids, ranks, compared))
+    return rankings
 
 
-def question_batches(questions, micro_tokens, device):
-    """Whole questions -> [(ids (N, T), lengths (N,), weights (N, N)), ...], what pairwise_loss needs. Each has at most
-    micro_tokens padded tokens (a larger single question still makes one)."""
+def split_rankings(rankings, micro_tokens):
+    """Whole questions -> parts of at most micro_tokens padded tokens (a larger single question still makes one)."""
     parts, n = [], 0  # n: answers in the last part
-    for answers, pairs in sorted(questions, key=longest_answer):
-        if not parts or (n + len(answers)) * longest_answer((answers, pairs)) > micro_tokens:
+    for ranking in sorted(rankings, key=lambda ranking: ranking.longest):
+        if not parts or (n + len(ranking.ids)) * ranking.longest > micro_tokens:
             parts, n = parts + [[]], 0
-        parts[-1].append((answers, pairs))
-        n += len(answers)
-    return [collate(part, device) for part in parts]
+        parts[-1].append(ranking)
+        n += len(ranking.ids)
+    return parts
 
 
-def longest_answer(question):
-    return max(map(len, question[0]))
-
-
-def collate(questions, device):
-    """[(answers, pairs), ...] -> ids (N, T), lengths (N,), weights (N, N): block-diagonal, 1 in total per question."""
-    ids, real = trainer.pad([(ids, [1] * len(ids)) for answers, _ in questions for ids in answers], device)
-    weights, first = torch.zeros(len(ids), len(ids)), 0
-    for answers, pairs in questions:
-        for winner, loser in pairs:
-            weights[first + winner, first + loser] = 1 / len(pairs)
-        first += len(answers)
-    return ids, real.sum(1), weights.to(device)
+def reward_step(model, rankings, config, run):
+    """Adds the gradient of a step's questions -> their loss, this process's share of it."""
+    total = 0.0
+    for part in split_rankings(run.share(rankings), config.micro_tokens):
+        ids, real = trainer.pad([(ids, [1] * len(ids)) for ranking in part for ids in ranking.ids], run.device)
+        with run.autocast():
+            scores = model(ids, real.sum(1)).split([len(ranking.ids) for ranking in part])  # (K,) for each question
+        loss = sum(ranking_loss(s, ranking.ranks.to(run.device), ranking.compared.to(run.device))
+                   for s, ranking in zip(scores, part)) / len(rankings)
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 # ---- scoring ---------------------------------------------------------------------------------------------------------
@@ -212,6 +221,14 @@ def right(rows, scores, by="score"):
     return [[s[w] > s[l] for w, l in of_row] for s, of_row in zip(scores, pairs, strict=True) if of_row]
 
 
+def held_out_loss(rows, scores):
+    """The loss over the pairs of these rows, each pair alike."""
+    pairs = [(s[w], s[l]) for row, s in zip(rows, scores, strict=True)
+             for w, l in make_pairs([answer["score"] for answer in row["answers"]], max_pairs=0)]
+    chosen, rejected = torch.tensor(pairs).view(-1, 2).unbind(1)  # (N,) each
+    return bradley_terry_loss(chosen, rejected).item()
+
+
 def accuracy(rows, scores, by="score"):
     """-> mean over pairs (micro), mean over questions (macro: six answers count as much as two), number of pairs."""
     found = right(rows, scores, by)
@@ -230,7 +247,10 @@ def calibration(rows, scores, bins=10):
         for w, l in make_pairs([answer["score"] for answer in row["answers"]], max_pairs=0):
             predicted = 1 / (1 + math.exp(-min(abs(s[w] - s[l]), 50)))
             found[min(int((predicted - 0.5) * 2 * bins), bins - 1)].append((predicted, s[w] > s[l]))
-    mean = lambda values: sum(values) / len(values) if values else math.nan
+
+    def mean(values):
+        return sum(values) / len(values) if values else math.nan
+
     return [(len(b), mean([p for p, _ in b]), mean([won for _, won in b])) for b in found]
 
 
@@ -295,8 +315,8 @@ def main(config):
     torch.manual_seed(config.seed)
     model = RewardModel(network).train()
     model.head.bias.requires_grad_(False)  # it cancels in every difference: nothing to learn, center() sets it
-    questions = make_questions(train_rows, tok, network.config.block_size, config, run.print)
-    batches = trainer.Batches(list(map(longest_answer, questions)), config.batch_size, config.seed)
+    rankings = make_rankings(train_rows, tok, network.config.block_size, config, run.print)
+    batches = trainer.Batches([ranking.longest for ranking in rankings], config.batch_size, config.seed)
     steps = config.steps or math.ceil(config.epochs * len(batches)) or (200 if island else len(batches))
     config.lr = config.lr or default_lr(config, network.config.n_embd)
     some = held_rows[::max(1, len(held_rows) // 100)]
@@ -311,16 +331,11 @@ def main(config):
     log = trainer.Log(config, run, first, steps)
     for step in log.steps():
         trainer.begin_step(step, steps, optimizer, config, run)
-        rows = [questions[i] for i in batches[step]]
-        loss = 0.0
-        for ids, lengths, weights in question_batches(run.share(rows), config.micro_tokens, run.device):
-            with run.autocast():
-                part = pairwise_loss(model(ids, lengths), weights) / len(rows)
-            part.backward()
-            loss += part.item()
+        loss = reward_step(model, [rankings[i] for i in batches[step]], config, run)
         log.write(step, loss=run.sum(loss), **trainer.update(model, optimizer, config, run, step))
         if log.due(step, config.eval_every):
-            log.write(step, accuracy=accuracy(some, score_rows(model, tok, some, run, config.micro_tokens))[0])
+            scores = score_rows(model, tok, some, run, config.micro_tokens)
+            log.write(step, accuracy=accuracy(some, scores)[0], held_out=held_out_loss(some, scores))
         if log.due(step, config.save_every):
             save(step + 1)
     center(model, tok, demonstrations(train_rows, island), run, config.micro_tokens)

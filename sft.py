@@ -17,6 +17,7 @@ question about "her" (86, 100 and 97 %), answers of one or two words (85, 85 and
 """
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +26,13 @@ import pretrain
 import trainer
 from checkpoints import load_init, save_checkpoint
 from common.errors import UserError
-from common.flags import TrainConfig, parse
+from common.flags import Amount, Positive, TrainConfig, parse
 from data import files
 from data.tokenizer import fit
 from generate import sample_text
 from island import exam
 from island.world import CHATS, Island
-from model import slices
+from model import slices, summed_logps, supervised
 from pretrain import load_mix, mix_step
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -49,11 +50,8 @@ def masked_loss(logits, targets, mask=None, n=None):
 
 
 def sft_loss(model, ids, mask, n=None):
-    """ids (B, T), mask (B, T) -> scalar. Position t predicts token t + 1: the shift by one happens here and only here."""
-    hidden, targets, learned = model.hidden(ids[:, :-1]), ids[:, 1:], mask[:, 1:].bool()
-    hidden, targets = hidden[learned], targets[learned]  # (N, C) and (N,): here the prompt stops counting
-    n = len(targets) if n is None else n  # and no logits are made for prompt and padding
-    return sum(masked_loss(model.head(h), t, n=n) for h, t in slices(model, hidden, targets))
+    """The same of a model: ids (B, T), mask (B, T) -> scalar. No logits are made for prompt and padding."""
+    return -summed_logps(model, ids, mask) / max(1, mask[:, 1:].sum() if n is None else n)
 
 
 # ---- from conversations to examples ----------------------------------------------------------------------------------
@@ -91,12 +89,14 @@ def load_data(config, say):
 @torch.inference_mode()
 def evaluate(model, examples, run, micro_tokens):
     """Mean loss per supervised token over held-out examples."""
+    n, total = sum(sum(mask[1:]) for _, mask in examples), 0.0
     model.eval()
-    with run.autocast():
-        total = sum(sft_loss(model, ids, mask, 1).item()
-                    for ids, mask in trainer.micro_batches(examples, micro_tokens, run.device))
+    for ids, mask in trainer.micro_batches(examples, micro_tokens, run.device):
+        with run.autocast():
+            total += sum(masked_loss(model.head(hidden), targets, n=n).item()
+                         for hidden, targets in slices(model, *supervised(model, ids, mask)))
     model.train()
-    return total / sum(sum(mask[1:]) for _, mask in examples)
+    return total
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -115,18 +115,29 @@ class Config(TrainConfig):
     lr: float = 0.0  # highest learning rate; 0: by the model's width (2e-3 at 128, 6e-5 at GPT-2's 768; adapters 4 times that)
     max_tokens: int = 0  # longest example; 0: the model's context
     merge_system: bool = False  # fold a system prompt into the first user turn
-    mix: float = 1.0  # weight of the loss on plain text beside each batch: it keeps what the base model knows
+    mix: Amount = 1.0  # weight of the loss on plain text beside each batch: it keeps what the base model knows
     mix_data: str = ""  # plain text for --mix; empty: the island's, where --data is empty too
     mix_rows: int = 4  # contexts of plain text beside each batch
-    answers: str = "clean"  # the island's answers: clean, or community (of mixed quality, where preferences start)
-    n_sft: int = 3000  # conversations from the island
-    idk: bool = True  # with the island's "I do not know" answers; without them the model invents
+    answers: Literal["clean", "community"] = "clean"  # the island: its answers, clean or community (of mixed quality, where preferences start)
+    n_sft: Positive = 3000  # the island: conversations
+    idk: bool = True  # the island: with "I do not know" answers; without them the model invents
     sample_every: int = 125  # steps between printed samples
 
 
 def default_lr(config, n_embd):
     """A learning rate that works for the tiny model (width 128) and for GPT-2's sizes; adapters want a higher one."""
     return (8e-3 if config.lora_r else 2e-3) * (128 / n_embd) ** 2
+
+
+def sft_step(model, examples, config, run):
+    """Adds the gradient of a step's examples, [(ids, mask), ...] -> their loss, this process's share of it."""
+    n, total = sum(sum(mask[1:]) for _, mask in examples), 0.0  # n: supervised tokens of the whole step, in all processes
+    for ids, mask in trainer.micro_batches(run.share(examples), config.micro_tokens, run.device):
+        with run.autocast():
+            loss = sft_loss(model, ids, mask, n)
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def main(config):
@@ -147,14 +158,7 @@ def main(config):
     log = trainer.Log(config, run, first, steps)
     for step in log.steps():
         trainer.begin_step(step, steps, optimizer, config, run)
-        rows = [train[i] for i in batches[step]]
-        n = sum(sum(mask[1:]) for _, mask in rows)  # supervised tokens of the whole step, in all processes
-        loss = 0.0
-        for ids, mask in trainer.micro_batches(run.share(rows), config.micro_tokens, run.device):
-            with run.autocast():
-                part = sft_loss(model, ids, mask, n)
-            part.backward()
-            loss += part.item()
+        loss = sft_step(model, [train[i] for i in batches[step]], config, run)
         if text is not None:
             mix_step(model, text, step, config, run)
         log.write(step, loss=run.sum(loss), **trainer.update(model, optimizer, config, run, step))

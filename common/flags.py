@@ -1,7 +1,8 @@
 """The command line from a dataclass: every field is a flag, its default the default, its comment the help.
 
     class Config(TrainConfig):
-        lr: float = 1e-3  # highest learning rate          ->  --lr 1e-3
+        lr: Amount = 1e-3  # highest learning rate          ->  --lr 1e-3, at least 0
+        epochs: ClassVar[float] = 0.0  # an inherited flag that this script has no use for is taken back
 
 So a script's flags can be read in one place, in Python, and a test can build the same Config without a command line.
 """
@@ -14,8 +15,28 @@ import re
 import sys
 import typing
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from common.errors import UserError, end_politely
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that a flag may have: from low to high, each of the two only where it is `included`."""
+
+    low: float
+    high: float = math.inf
+    included: str = "both"  # low, high or both
+
+
+Count = Annotated[int, Bounds(0)]
+Positive = Annotated[int, Bounds(1)]
+Amount = Annotated[float, Bounds(0)]
+Share = Annotated[float, Bounds(0, 1)]
+Probability = Annotated[float, Bounds(0, 1, "high")]
+Decay = Annotated[float, Bounds(0, 1, "low")]
+DType = Literal["auto", "float32", "bfloat16"]
+Template = Literal["", "chat", "human", "alpaca"]
 
 
 @dataclass
@@ -26,41 +47,36 @@ class TrainConfig:
     init: str = "out/base"  # start from this checkpoint folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
     out: str = "out/run"  # folder for the checkpoint and log.jsonl
     tokenizer: str = ""  # tiny, gpt2, a rank file or a folder; empty: the one in --init
-    template: str = ""  # how conversations are written: chat, human or alpaca; empty: as --init says, else chat
-    steps: int = 0  # optimizer steps; 0: as many as --epochs makes
-    epochs: float = 0.0  # passes over the data, where --steps is 0
-    batch_size: int = 32  # sequences per optimizer step, over all processes
-    micro_tokens: int = 16384  # padded tokens in one forward pass; less needs less memory and changes no result
-    lr: float = 1e-3  # highest learning rate
-    min_lr: float = 0.1  # the last learning rate as a share of --lr
-    warmup: int = 20  # steps in which the learning rate rises from 0
-    schedule: str = "cosine"  # cosine, linear or constant
-    beta1: float = 0.9  # AdamW: decay of the gradient's mean
-    beta2: float = 0.95  # AdamW: decay of the gradient's square
-    eps: float = 1e-8  # AdamW: added to the root of the square, against division by almost nothing
-    weight_decay: float = 0.1  # AdamW: on matrices only
-    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    template: Template = ""  # how conversations are written: chat, human or alpaca; empty: as --init says, else chat
+    steps: Count = 0  # optimizer steps; 0: as many as --epochs makes
+    epochs: Amount = 0.0  # passes over the data, where --steps is 0
+    batch_size: Positive = 32  # sequences per optimizer step, over all processes
+    micro_tokens: Positive = 16384  # padded tokens in one forward pass; less needs less memory and changes no result
+    lr: Amount = 1e-3  # highest learning rate
+    min_lr: Share = 0.1  # the last learning rate as a share of --lr
+    warmup: Count = 20  # steps in which the learning rate rises from 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # how the learning rate falls: cosine, linear or constant
+    beta1: Decay = 0.9  # AdamW: decay of the gradient's mean
+    beta2: Decay = 0.95  # AdamW: decay of the gradient's square
+    eps: Amount = 1e-8  # AdamW: added to the root of the square, against division by almost nothing
+    weight_decay: Amount = 0.1  # AdamW: on matrices only
+    clip: Amount = 1.0  # largest norm of the gradient; 0: no clipping
     dropout: str = "0"  # of the residual branches; two numbers such as 0.0,0.3 make a ramp over the layers
-    lora_r: int = 0  # rank of low-rank adapters: only they are trained, and saved; 0: all weights
+    lora_r: Count = 0  # rank of low-rank adapters: only they are trained, and saved; 0: all weights
     lora_alpha: float = 32.0  # adapters are scaled by alpha / r
-    lora_dropout: float = 0.0  # of the adapters' input
-    lora_targets: str = "all"  # adapters on all linear layers of the blocks, or attention only
+    lora_dropout: Decay = 0.0  # of the adapters' input
+    lora_targets: Literal["all", "attention"] = "all"  # adapters on all linear layers of the blocks, or attention only
     nf4: bool = False  # frozen base weights in 4 bits (QLoRA); needs --lora-r
     checkpointing: bool = False  # recompute activations in the backward pass to save memory
-    eval_every: int = 50  # steps between measurements on held-out rows
-    save_every: int = 100  # steps between checkpoints that --resume can go on from
+    eval_every: Count = 50  # steps between measurements on held-out rows
+    save_every: Count = 100  # steps between checkpoints that --resume can go on from
     seed: int = 0  # of everything random
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
-    dtype: str = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
+    dtype: DType = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
     resume: bool = False  # go on from the state in --out
 
 
-AT_LEAST = {"steps": 0, "epochs": 0, "batch_size": 1, "micro_tokens": 1, "warmup": 0, "eval_every": 0, "save_every": 0,
-            "weight_decay": 0, "clip": 0, "min_lr": 0, "lr": 0, "beta1": 0, "beta2": 0, "mix": 0,
-            "lora_r": 0, "max_pairs": 0, "n_ranked": 1, "noise": 0, "temperature": 0, "top_k": 0, "max_new_tokens": 1, "sample": 0}
-ONE_OF = {"schedule": ("cosine", "linear", "constant"), "dtype": ("auto", "float32", "bfloat16"),
-          "template": ("", "chat", "human", "alpaca"), "lora_targets": ("all", "attention"),
-          "pairs": ("all", "top2", "best-worst", "random")}
+ISLAND = "the island: "  # a comment that begins so is of a flag that says nothing about your own file
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,21 +96,25 @@ def parse(Config, recipes=None, argv=None):
     if argv is None:
         end_politely()
     main = sys.modules.get("__main__")
-    parser = _Parser(program(Config.__module__), description=inspect.getdoc(sys.modules[Config.__module__]) or inspect.getdoc(main),
-                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    description = inspect.getdoc(sys.modules[Config.__module__]) or inspect.getdoc(main)
+    parser = _Parser(program(Config.__module__), description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = _comments(Config)
     for field in dataclasses.fields(Config):
         flag, shown = "--" + field.name.replace("_", "-"), "" if field.default == "" else f" (default {field.default})"
         kind = typing.get_type_hints(Config)[field.name]
+        kind = str if typing.get_origin(kind) is Literal else kind
         if kind == list[str]:  # not a flag but the words beside the flags
             parser.add_argument(field.name, nargs="*", help=comments[field.name])
         elif kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=comments[field.name])
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default,
+                                help=comments[field.name])
         else:
             parser.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(),
                                 help=(comments[field.name] + shown).replace("%", "%%"))
     if recipes:
-        parser.add_argument("--recipe", choices=sorted(recipes), help="defaults of a published recipe; any flag overrides them")
+        parser.add_argument("--recipe", choices=sorted(recipes),
+                            help="defaults of a published recipe; any flag overrides them")
         chosen, _ = parser.parse_known_args(argv)
         parser.set_defaults(**recipes.get(chosen.recipe, {}))
     values = vars(parser.parse_intermixed_args(argv))  # words may stand between flags
@@ -109,27 +129,37 @@ def program(module):
     return f"python -m {name}" if "." in name else None
 
 
+def out_of_bounds(value, kind):
+    """What a value has to be by its type, in words; "" where it is that."""
+    if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
+        return "one of " + ", ".join(filter(None, typing.get_args(kind)))
+    for bounds in getattr(kind, "__metadata__", ()):
+        low, high = (bounds.included in (side, "both") for side in ("low", "high"))
+        if value < bounds.low or value == bounds.low and not low:
+            return f"{'at least' if low else 'above'} {bounds.low}"
+        if value > bounds.high or value == bounds.high and not high:
+            return f"{'at most' if high else 'below'} {bounds.high}"
+    return ""
+
+
 def check(config):
     """Returns config, or raises UserError with the first impossible value. Scripts call it on configs they build too."""
-    for name, value in dataclasses.asdict(config).items():
-        flag = "--" + name.replace("_", "-")
+    Config, comments = type(config), _comments(type(config))
+    kinds = [typing.get_type_hints(cls, include_extras=True) for cls in Config.__mro__[:-1]]  # another default keeps its bounds
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), "--" + field.name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} {value}: it must be a finite number")
-        if name in AT_LEAST and value < AT_LEAST[name]:
-            raise UserError(f"{flag} {value}: it must be at least {AT_LEAST[name]}")
-        if name in ONE_OF and value not in ONE_OF[name]:
-            raise UserError(f"{flag} {value}: it must be one of {', '.join(filter(None, ONE_OF[name]))}")
-        if name in ("beta1", "beta2", "min_lr") and value > 1 or name in ("beta1", "beta2") and value == 1:
-            raise UserError(f"{flag} {value}: it must be below 1")
-        if name == "top_p" and not 0 < value <= 1:
-            raise UserError(f"{flag} {value}: it must be above 0 and at most 1")
-    if not isinstance(config, TrainConfig):
-        return config
-    dropout_of(config)
-    if not 0 <= config.lora_dropout < 1:
-        raise UserError(f"--lora-dropout {config.lora_dropout}: it must be from 0 to below 1")
-    if config.nf4 and not config.lora_r:
-        raise UserError("--nf4 freezes the weights, so something else has to learn: give --lora-r 16 too")
+        for kind in [hints[field.name] for hints in kinds if field.name in hints]:
+            fault = out_of_bounds(value, kind)
+            if fault:
+                raise UserError(f"{flag} {value}: it must be {fault}")
+        if comments[field.name].startswith(ISLAND) and config.data and value != field.default:
+            raise UserError(f"{flag} is about the embedded island, but --data names your own file: leave one of them out")
+    if isinstance(config, TrainConfig):
+        dropout_of(config)
+        if config.nf4 and not config.lora_r:
+            raise UserError("--nf4 freezes the weights, so something else has to learn: give --lora-r 16 too")
     return config
 
 

@@ -4,10 +4,11 @@ K answers give up to C(K, 2) pairs. Equal scores say nothing about which answer 
 """
 import random
 from dataclasses import dataclass
+from typing import Literal
 from itertools import combinations
 
 from common.errors import UserError
-from common.flags import TrainConfig
+from common.flags import Amount, Count, Positive, TrainConfig
 from data import files
 from data.shapes import says
 from data.tokenizer import fit
@@ -43,12 +44,12 @@ class RankedConfig(TrainConfig):
 
     data: str = ""  # a file with several ranked answers a question; empty: the island's votes
     init: str = "out/sft-community"  # start from this checkpoint: a model fine-tuned on conversations
-    pairs: str = "all"  # which answers of a question are compared: all, top2, best-worst or random
-    max_pairs: int = 10  # most pairs of a question; 0: no limit
+    pairs: Literal["all", "top2", "best-worst", "random"] = "all"  # which answers of a question are compared: all, top2, best-worst or random
+    max_pairs: Count = 10  # most pairs of a question; 0: no limit
     aspect: str = "score"  # what ranks answers: a field of your file; island: score, gold, helpful, simple, harmless
-    n_ranked: int = 2000  # the island: questions with ranked answers
+    n_ranked: Positive = 2000  # the island: questions with ranked answers
     flattery: float = 2.5  # the island: what "Great question!" is worth to voters, in gold points
-    noise: float = 1.5  # the island: standard deviation of the votes, in gold points
+    noise: Amount = 1.5  # the island: standard deviation of the votes, in gold points
     merge_system: bool = False  # fold a system prompt into the first user turn
 
 

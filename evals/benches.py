@@ -189,13 +189,7 @@ def our_sft(folder):
     def epoch():
         for step in itertools.islice(steps, len(batches)):
             trainer.begin_step(step, step + 1, optimizer, config, run)
-            rows = [examples[i] for i in batches[step]]
-            n = sum(sum(mask[1:]) for _, mask in rows)
-            for ids, mask in trainer.micro_batches(rows, config.micro_tokens, run.device):
-                with run.autocast():
-                    loss = sft.sft_loss(model, ids, mask, n)
-                loss.backward()
-                loss.item()  # what the log needs
+            sft.sft_step(model, [examples[i] for i in batches[step]], config, run)
             trainer.update(model, optimizer, config, run, step)
 
     return epoch
@@ -234,11 +228,7 @@ def our_dpo(folder):
         dpo.add_reference(model, pairs, run, config)  # in every call: TRL asks its reference in every step
         for step in itertools.islice(steps, len(batches)):
             trainer.begin_step(step, step + 1, optimizer, config, run)
-            rows = [pairs[i] for i in batches[step]]
-            for part in trainer.split(rows, dpo.pair_width, config.micro_tokens):
-                loss, sums = dpo.forward(model, part, run, config)
-                (loss * len(part) / len(rows)).backward()
-                sums.tolist()  # what the log needs
+            dpo.dpo_step(model, [pairs[i] for i in batches[step]], config, run)
             trainer.update(model, optimizer, config, run, step)
 
     return epoch
@@ -269,10 +259,10 @@ def our_ppo(folder):
         step = next(steps)
         for optimizer in optimizers:
             trainer.begin_step(step, step + 1, optimizer, config, run)
-        ids, mask, answers, _ = ppo.rollout(policy, tok, inputs["prompts"], config, run, seed=step)
-        scores = torch.tensor(peers.marks(answers), device=run.device)
-        fixed = ppo.estimate(policy, lambda: nullcontext(frozen), value, ids, mask, scores, config.beta, config, run)
-        ppo.update(policy, value, optimizers, ids, mask, fixed, None, step, config, run)
+        rollout = ppo.roll_out(policy, tok, [[]] * len(inputs["prompts"]), inputs["prompts"], config, run, seed=step)
+        ppo.score(rollout, lambda talks: peers.marks(talk[-1]["content"] for talk in talks), config, run)
+        ppo.estimate(rollout, policy, lambda: nullcontext(frozen), value, config.beta, config, run)
+        ppo.ppo_update(rollout, policy, value, optimizers, None, step, config, run)
 
     return iteration
 
@@ -287,7 +277,7 @@ def bench_ppo(args):
         raise UserError(f"--batch-size {batch_size}: ppo answers every question twice, so it must be even")
     args.shape = args.shape or list(SHAPES)[-1]  # the tiny one
     tok = tokenizer_of(args)
-    config = ppo.Config(data=args.data, max_new_tokens=new_tokens, n_ranked=max(batch_size, 200))
+    config = ppo.Config(data=args.data, max_new_tokens=new_tokens, n_prompts=max(batch_size, 200))
     questions, ids, _ = ppo.load_prompts(config, tok, CONTEXT, silent)
     chosen = drawn(range(len(ids)), batch_size // 2, args, "questions", "--batch-size")
     race(args, tok, f"{batch_size} rollouts of {new_tokens} tokens, one epoch", None, {

@@ -34,7 +34,7 @@ from data.tokenizer import get_tokenizer
 from generate import ask
 from common.disk import writing
 from common.errors import UserError
-from common.flags import parse
+from common.flags import Amount, Count, Positive, parse
 
 AT_ONCE = 64  # answers generated side by side
 MATCH = 0.75  # share of the reference's key words that an answer must hold: both of two, three of four
@@ -125,11 +125,11 @@ class Config:
     data: str = ""  # questions with answers; empty: the island's residents and strangers
     out: str = "out/idk.jsonl"  # conversations that sft.py trains on
     wording: str = UNKNOWN  # what to say instead of inventing, or "I'm sorry, I don't believe I know."
-    n: int = 0  # questions at most; 0: all of --data, or 1500 conversations of the island
-    tries: int = 5  # how often each question is asked
-    temperature: float = 0.7  # of the answers: at 0 all tries would be the same
+    n: Count = 0  # questions at most; 0: all of --data, or 1500 conversations of the island
+    tries: Positive = 5  # how often each question is asked
+    temperature: Amount = 0.7  # of the answers: at 0 all tries would be the same
     known: float = 0.5  # share of right tries from which on the answer counts as known
-    max_new_tokens: int = 48  # longest answer
+    max_new_tokens: Positive = 48  # longest answer
     seed: int = 0  # of the answers
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 where the hardware is fast at it

@@ -176,16 +176,16 @@ def test_an_iteration_of_ppo_rolls_out_every_prompt_and_updates_both_models(toy,
     prompts = [tok.render_prompt([{"role": "user", "content": text}]) for text in ("Who are you?", "Hello")] * 2
     benches.write_folder(tmp_path, "toy", tok, args, prompts=prompts, minibatch=2, new_tokens=5)
     calls = []
-    real = ppo.update
+    real = ppo.ppo_update
 
-    def spy(policy, value, optimizers, ids, mask, fixed, *others):
+    def spy(rollout, policy, value, optimizers, *others):
         before = [model.state_dict()[name].clone() for model, name in ((policy, "embedding.weight"), (value, "head.weight"))]
-        logs = real(policy, value, optimizers, ids, mask, fixed, *others)
+        logs = real(rollout, policy, value, optimizers, *others)
         after = [policy.embedding.weight, value.head.weight]
-        calls.append((len(ids), mask.sum(1).tolist(), [not torch.equal(a, b) for a, b in zip(before, after)]))
+        calls.append((len(rollout.ids), rollout.mask.sum(1).tolist(), [not torch.equal(a, b) for a, b in zip(before, after)]))
         return logs
 
-    monkeypatch.setattr(ppo, "update", spy)
+    monkeypatch.setattr(ppo, "ppo_update", spy)
     iteration = benches.our_ppo(str(tmp_path))
     iteration()
     iteration()

@@ -157,7 +157,7 @@ def test_the_outputs_train_every_stage(done, tmp_path):
     torch.manual_seed(0)
     GPT(GPTConfig(192, tok.vocab_size, n_layer=1, n_head=1, n_embd=16)).save_pretrained(tmp_path / "base")
     tok.save(tmp_path / "base")
-    few = dict(steps=2, batch_size=4, eval_every=0, save_every=0, device="cpu", dtype="float32")
+    few = dict(steps=2, batch_size=4, save_every=0, device="cpu", dtype="float32")
 
     def train(script, form, init, **more):
         config = script.Config(data=str(done[0] / f"{form}_train.jsonl"), init=str(tmp_path / init),

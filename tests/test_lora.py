@@ -196,7 +196,7 @@ def test_under_autocast(nf4):
     model = adapted(nf4=nf4)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(IDS)
-    assert logits.dtype == torch.bfloat16
+    assert logits.dtype == torch.float32  # the head is not rounded, whatever autocast says
     exact = model(IDS)
     assert ((logits.float() - exact).abs().mean() / exact.abs().mean()).item() < 0.03
     logits.float().logsumexp(-1).sum().backward()

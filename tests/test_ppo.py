@@ -11,7 +11,7 @@ import trainer
 from checkpoints import load
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
-from common.flags import check
+from common.flags import check, parse
 from model import GPT, GPTConfig
 
 RUN = trainer.Run(torch.device("cpu"), torch.float32)
@@ -183,7 +183,7 @@ def test_a_bandit_reaches_the_optimum_of_equation_4():
 # ---- the whole algorithm, on a model of nothing ----------------------------------------------------------------------
 
 SMALL = dict(steps=4, batch_size=6, minibatch=4, max_new_tokens=8, save_every=2, sample_every=0, device="cpu", dtype="float32",
-             reward="readability", lr=1e-2, dropout="0.3")
+             reward="readability", lr=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +207,9 @@ def weights(folder):
     return torch.cat([p.detach().flatten() for p in load(folder).parameters()])
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora_r": 2, "nf4": True}, {"temperature": 0.7}])
-def test_every_run_starts_at_the_reference_with_ratio_1_whatever_the_dropout(start, tmp_path, capsys, settings):
+@pytest.mark.parametrize("settings", [{}, {"lora_r": 2, "nf4": True}, {"temperature": 0.7},
+                                      {"checkpointing": True, "micro_tokens": 40}])
+def test_every_run_starts_at_the_reference_with_ratio_1(start, tmp_path, capsys, settings):
     log = run_ppo(start, tmp_path / "out", **settings)
     assert "a ratio is" not in capsys.readouterr().out
     assert log[0]["kl"] == pytest.approx(0, abs=1e-4) and log[-1]["kl"] != 0
@@ -252,13 +253,68 @@ def test_rollout_masks_the_response_and_its_end_token():
     torch.manual_seed(0)
     policy = GPT(GPTConfig(64, tok.vocab_size, 1, 1, 8)).eval()
     prompts = [[5, 6, 7], [8], [9, 10]]
-    ids, mask, answers, ended = ppo.rollout(policy, tok, prompts, config, RUN, seed=0)
+    r = ppo.roll_out(policy, tok, [[]] * 3, prompts, config, RUN, seed=0)
+    ids, mask, ended = r.ids, r.mask, r.ended
     assert mask.shape == (3, ids.size(1) - 1)
     for row, prompt in enumerate(prompts):
         assert ids[row, :len(prompt)].tolist() == prompt
         on = mask[row].nonzero().flatten().tolist()
         assert on == list(range(len(prompt) - 1, len(prompt) - 1 + len(on)))  # column t is token t + 1
         assert bool(ended[row]) == (ids[row, on[-1] + 1].item() == tok.end) and (ended[row] or len(on) == 6)
+
+
+def rollout_of(lengths, tok, seed=0):
+    """A rollout of prompts and responses of these lengths, with everything in it that an update needs."""
+    g = torch.Generator().manual_seed(seed)
+    ids, mask = trainer.pad([(torch.randint(5, 100, (p + r,), generator=g).tolist(), [0] * p + [1] * r) for p, r in lengths])
+    shape = mask[:, 1:].shape
+    noise = {name: torch.randn(shape, generator=g) * mask[:, 1:] for name in ("ref_logps", "old_values", "advantages", "returns")}
+    return ppo.Rollout([[]] * len(lengths), ids, mask[:, 1:].float(), torch.ones(len(lengths), dtype=torch.bool),
+                       torch.randn(len(lengths), generator=g), -3 - torch.rand(shape, generator=g), **noise)
+
+
+def test_micro_batches_change_no_gradient_and_no_number():
+    """Masked means over a minibatch are not means of the means of its parts: responses differ in length."""
+    tok, found = get_tokenizer("tiny"), []
+    rollout = rollout_of([(3, 9), (8, 2), (2, 1), (5, 6), (4, 4)], tok)
+    for budget in (10**6, 20):
+        torch.manual_seed(0)
+        policy, trunk = (GPT(GPTConfig(64, tok.vocab_size, 1, 1, 8)).eval() for _ in range(2))
+        value, config = ppo.RewardModel(trunk).eval(), ppo.Config(micro_tokens=budget)
+        parts = [part for _, part in rollout.parts(budget)]
+        logs = [ppo.accumulate(part, policy, value, rollout.mask.sum(), False, 0, config, RUN) for part in parts]
+        grads = [p.grad for model in (policy, value) for p in model.parameters() if p.grad is not None]
+        found.append((len(parts), {name: sum(log[name] for log in logs) for name in logs[0]}, torch.cat([g.flatten() for g in grads])))
+    (one, numbers, whole), (several, summed, pieces) = found
+    assert one == 1 < several and summed == pytest.approx(numbers, rel=1e-4)
+    assert torch.allclose(whole, pieces, atol=1e-6) and whole.abs().max() > 1e-3
+
+
+def test_rows_of_a_rollout_keep_their_columns_together():
+    rollout = rollout_of([(3, 9), (2, 2), (4, 1)], get_tokenizer("tiny"))
+    rollout.conversations = ["a", "b", "c"]
+    part = rollout.rows(torch.tensor([2, 1]))
+    assert part.conversations == ["c", "b"] and part.ids.shape == (2, 5) and part.mask.shape == (2, 4)
+    assert torch.equal(part.ids, rollout.ids[[2, 1], :5]) and torch.equal(part.returns, rollout.returns[[2, 1], :4])
+    assert part.scores.tolist() == rollout.scores[[2, 1]].tolist()
+
+
+def test_approx_kl_is_of_the_old_policy_from_the_new_one():
+    """k3 on samples of old has to weigh with new/old; the other way round its mean is another number."""
+    torch.manual_seed(0)
+    old, new = torch.randn(12).log_softmax(0), torch.randn(12).log_softmax(0)
+    exact = (old.exp() * (old - new)).sum().item()
+    samples = torch.multinomial(old.exp(), 200_000, replacement=True)
+    ones = torch.ones(1, len(samples))
+    assert ppo.kl_k3(old[samples][None], new[samples][None], ones).item() == pytest.approx(exact, rel=0.05)
+    assert ppo.kl_k3(new[samples][None], old[samples][None], ones).item() != pytest.approx(exact, rel=0.2)
+
+
+@pytest.mark.parametrize("flag", ["--flattery", "--noise", "--aspect", "--pairs", "--max-pairs", "--epochs", "--eval-every",
+                                  "--dropout", "--lora-dropout"])
+def test_a_flag_that_would_do_nothing_is_refused(flag):
+    with pytest.raises(UserError, match=f"unrecognized arguments: {flag}"):
+        parse(ppo.Config, argv=[flag, "1"])
 
 
 def half_long(prompt, response):

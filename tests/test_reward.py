@@ -18,7 +18,7 @@ from common import plots
 from common.errors import UserError
 from common.flags import check
 from model import GPT, GPTConfig
-from reward import RewardModel, bradley_terry_loss, pairwise_loss, ranking_loss
+from reward import RewardModel, bradley_terry_loss, ranking_loss
 
 TOK = get_tokenizer("tiny")
 RUN = trainer.Run(torch.device("cpu"), torch.float32)
@@ -114,67 +114,81 @@ def ranked_rows(n=40, k=(2, 6), seed=0):
     return Island().ranked(n, seed=seed, k=k)
 
 
-def questions_of(rows, **settings):
-    return reward.make_questions(rows, TOK, 96, reward.Config(**settings), lambda _: None)
+def rankings_of(rows, **settings):
+    return reward.make_rankings(rows, TOK, 96, reward.Config(**settings), lambda _: None)
 
 
-def test_every_question_weighs_one_and_every_answer_is_there_once():
-    questions = questions_of(ranked_rows())
-    (ids, lengths, weights), = reward.question_batches(questions, 10**6, "cpu")
-    sizes = [len(answers) for answers, _ in questions]
-    assert len(set(sizes)) > 2 and len(ids) == sum(sizes)
-    assert weights.sum().item() == pytest.approx(len(questions))
-    first = 0
-    for answers, pairs in sorted(questions, key=lambda q: max(map(len, q[0]))):
-        its_rows = weights[first:first + len(answers)]
-        own = its_rows[:, first:first + len(answers)]
-        assert own.sum().item() == pytest.approx(1) and its_rows.sum().item() == pytest.approx(1)
-        assert {tuple(p) for p in own.nonzero().tolist()} == set(pairs)
-        assert [ids[first + i, :lengths[first + i]].tolist() for i in range(len(answers))] == answers
-        first += len(answers)
+def compared(ranking):
+    """The pairs of a ranking, (better, worse)."""
+    return [tuple(pair) for pair in ranking.compared.nonzero().tolist()]
 
 
-def test_the_matrix_equals_the_mean_of_ranking_losses():
+def gradient(rankings, budget=10**6):
+    model = tiny()
+    loss = reward.reward_step(model, rankings, reward.Config(micro_tokens=budget), RUN)
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_every_compared_answer_is_there_once_and_ranks_follow_the_scores():
+    rows = [row for row in ranked_rows() if len({answer["score"] for answer in row["answers"]}) > 1]
+    for row, ranking in zip(rows, rankings_of(rows, max_pairs=0), strict=True):
+        scores = [answer["score"] for answer in row["answers"]]
+        assert ranking.ids == [TOK.render(answered(row["prompt"], answer["text"]))[0] for answer in row["answers"]]
+        assert all((ranking.ranks[i] < ranking.ranks[j]) == (scores[i] > scores[j])
+                   for i in range(len(scores)) for j in range(len(scores)))
+        assert {(i, j) for i, j in compared(ranking)} == set(make_pairs(scores, max_pairs=0))
+
+
+def test_the_step_is_the_mean_of_ranking_losses_over_questions():
     rows = ranked_rows(12)
-    model, config = tiny(), dict(max_pairs=0)
-    (ids, lengths, weights), = reward.question_batches(questions_of(rows, **config), 10**6, "cpu")
-    together = pairwise_loss(model(ids, lengths), weights)
     each = []
-    for row, scores in zip(rows, reward.score_rows(model, TOK, rows, RUN, 10**6)):
+    for row, scores in zip(rows, reward.score_rows(tiny(), TOK, rows, RUN, 10**6)):
         votes = torch.tensor([answer["score"] for answer in row["answers"]])
         each.append(ranking_loss(torch.tensor(scores), -votes))  # rank 0 is the most votes
-    assert together.item() == pytest.approx(sum(each).item(), rel=1e-5)
+    assert gradient(rankings_of(rows, max_pairs=0))[0] == pytest.approx(sum(each).item() / 12, rel=1e-5)
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 300, 10**6])
 def test_accumulation_equals_one_large_batch(micro_tokens):
-    questions, grads, parts = questions_of(ranked_rows(10)), [], []
-    for budget in (micro_tokens, 10**6):
-        model = tiny()
-        batches = reward.question_batches(questions, budget, "cpu")
-        for ids, lengths, weights in batches:
-            (pairwise_loss(model(ids, lengths), weights) / len(questions)).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        parts.append(len(batches))
-    assert torch.allclose(*grads, atol=1e-6) and grads[0].abs().max() > 1e-3
-    assert parts[0] == len(questions) if micro_tokens == 1 else parts[0] >= parts[1] == 1
-    assert all(ids.numel() <= 300 for ids, *_ in reward.question_batches(questions, 300, "cpu") if len(ids) > 6)
+    rankings = rankings_of(ranked_rows(10))
+    (loss, grad), (whole, expected) = gradient(rankings, micro_tokens), gradient(rankings)
+    assert loss == pytest.approx(whole, rel=1e-5) and torch.allclose(grad, expected, atol=1e-6) and grad.abs().max() > 1e-3
+    parts = reward.split_rankings(rankings, micro_tokens)
+    assert len(parts) == len(rankings) if micro_tokens == 1 else len(parts) >= 1
+    widths = [(sum(len(r.ids) for r in part), max(r.longest for r in part)) for part in reward.split_rankings(rankings, 300)]
+    assert all(answers * longest <= 300 for answers, longest in widths if answers > 6)
+
+
+def test_only_chosen_pairs_count():
+    scores, ranks = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([0, 1, 2])
+    some = torch.zeros(3, 3, dtype=torch.bool)
+    some[0, 2] = True
+    assert ranking_loss(scores, ranks, some).item() == pytest.approx(bradley_terry_loss(scores[:1], scores[2:]).item())
+    some[2, 1] = True  # against the ranks: it says nothing
+    assert ranking_loss(scores, ranks, some).item() == pytest.approx(bradley_terry_loss(scores[:1], scores[2:]).item())
+
+
+def test_the_held_out_loss_is_over_pairs():
+    rows = [row_of("q", a=1, b=5), row_of("p", a=3, b=2, c=1)]
+    found = reward.held_out_loss(rows, [[0.5, 1.0], [2.0, -1.0, 0.0]])
+    pairs = [(1.0, 0.5), (2.0, -1.0), (2.0, 0.0), (-1.0, 0.0)]
+    assert found == pytest.approx(sum(math.log(1 + math.exp(l - w)) for w, l in pairs) / 4, rel=1e-6)
 
 
 def test_answers_outside_the_chosen_pairs_are_not_scored():
     row = row_of("q", a=1, b=5, c=5, d=9)
-    (answers, pairs), = questions_of([row], pairs="best-worst")
-    assert pairs == [(1, 0)] and answers == [TOK.render(talk("q", text))[0] for text in "ad"]
-    assert len(questions_of([row], max_pairs=2)[0][1]) == 2 and len(questions_of([row])[0][1]) == 5
+    ranking, = rankings_of([row], pairs="best-worst")
+    assert compared(ranking) == [(1, 0)] and ranking.ids == [TOK.render(talk("q", text))[0] for text in "ad"]
+    assert len(compared(rankings_of([row], max_pairs=2)[0])) == 2 and len(compared(rankings_of([row])[0])) == 5
 
 
 def test_long_answers_are_dropped_whole_and_said():
     row = {"prompt": talk("q", "")[:1], "answers": [{"text": "no " * n, "score": n} for n in (1, 2, 300)]}
     said = []
-    (answers, pairs), = reward.make_questions([row], TOK, 96, reward.Config(), said.append)
-    assert pairs == [(1, 0)] and len(answers) == 2 and said[0].endswith("over 96 tokens: 1")
+    ranking, = reward.make_rankings([row], TOK, 96, reward.Config(), said.append)
+    assert compared(ranking) == [(1, 0)] and len(ranking.ids) == 2 and said[0].endswith("over 96 tokens: 1")
     with pytest.raises(UserError, match="no question has two answers"):
-        reward.make_questions([row], TOK, 3, reward.Config(), said.append)
+        reward.make_rankings([row], TOK, 3, reward.Config(), said.append)
 
 
 def test_all_answers_answer_the_same_question_when_turns_have_to_go():
@@ -184,8 +198,8 @@ def test_all_answers_answer_the_same_question_when_turns_have_to_go():
     assert len(TOK.render(answered(row["prompt"], row["answers"][0]["text"]))[0]) <= longest
     prompt, answers = pairs.fit_answers(row, TOK, longest)
     assert prompt == talk("new", "")[:1] and answers == row["answers"][:2]
-    (ids, _), = reward.make_questions([row], TOK, longest, reward.Config(), lambda _: None)
-    assert not any("old" in TOK.encoding.decode(answer) for answer in ids)
+    ranking, = reward.make_rankings([row], TOK, longest, reward.Config(), lambda _: None)
+    assert not any("old" in TOK.encoding.decode(answer) for answer in ranking.ids)
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -209,8 +223,8 @@ def test_the_score_is_the_value_at_the_last_real_token():
 
 
 def test_the_end_token_is_part_of_the_input_in_training_and_in_use():
-    (answers, _), = questions_of([row_of("q", a=1, b=0)])
-    assert all(ids[-1] == TOK.end for ids in answers)
+    ranking, = rankings_of([row_of("q", a=1, b=0)])
+    assert all(ids[-1] == TOK.end for ids in ranking.ids)
     model, ids = tiny(), torch.tensor([TOK.render(talk("q", "a"))[0]])
     found, = reward.score(model, TOK, [talk("q", "a")], RUN)
     length = torch.tensor([ids.size(1)])
@@ -418,7 +432,8 @@ def test_a_weak_model_says_so_and_a_picture_is_drawn_or_asked_for(start_folder, 
 
 def test_pairs_are_made_from_votes_in_the_order_of_the_row():
     row = ranked_rows(1, k=(6, 6))[0]
-    (answers, pairs), = questions_of([row], max_pairs=0)
+    ranking, = rankings_of([row], max_pairs=0)
+    answers, pairs = ranking.ids, compared(ranking)
     votes = {TOK.answer(TOK.render(answered(row["prompt"], a["text"]))[0]): a["score"] for a in row["answers"]}
     assert len(pairs) == len(make_pairs([a["score"] for a in row["answers"]], max_pairs=0))
     assert all(votes[TOK.answer(answers[w])] > votes[TOK.answer(answers[l])] for w, l in pairs)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import generate as generating
+import lora
 from checkpoints import load
 from pretrain import next_token_loss
 import sft
@@ -19,7 +20,7 @@ from island.world import Island
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.flags import check, parse
-from model import GPT, GPTConfig, token_logps
+from model import GPT, GPTConfig, TokenMatrix, summed_logps, token_logps
 
 ROOT = Path(__file__).resolve().parents[1]
 TOK = get_tokenizer("tiny")
@@ -82,6 +83,51 @@ def test_slices_of_the_head_change_nothing(monkeypatch, logits):
     assert next_token_loss(model, ids).item() == pytest.approx(whole.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_fast_sum_is_the_sum_of_the_readable_log_probabilities(frozen, monkeypatch):
+    ids, mask = trainer.pad(sft.make_examples(rows_of(6), TOK, 97))
+    monkeypatch.setattr("model.SLICE", 3000)
+    found = []
+    for logps in (lambda model: token_logps(model, ids, mask).sum(), lambda model: summed_logps(model, ids, mask)):
+        model = tiny().double()
+        model.embedding.weight.requires_grad_(not frozen)  # as beside adapters
+        total = logps(model)
+        (total * 0.3).backward()
+        found.append((total.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12) and torch.allclose(found[0][1], found[1][1], atol=1e-12)
+
+
+def shifted():
+    """A model whose logits all lie around -100, as GPT-2's do, and (ids, mask) for it."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 400, 2, 2, 32))
+    with torch.no_grad():
+        model.norm.weight[0], model.norm.bias[0], model.embedding.weight[:, 0] = 0, 40.0, -100 / 40
+    ids = torch.randint(400, (3, 40))
+    return model, ids, torch.ones_like(ids)
+
+
+@pytest.mark.parametrize("total", [lambda *a: token_logps(*a).sum(), lambda *a: -sft.sft_loss(*a, n=1),
+                                   lambda model, ids, mask: -next_token_loss(model, ids) * ids[:, 1:].numel(),
+                                   lambda model, ids, mask: model(ids)[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).sum()])
+def test_logits_far_from_zero_cost_no_digits_in_bfloat16(total):
+    """A head that rounds its logits to bfloat16 is off by 0.1 a token here: their common part takes all the digits."""
+    model, ids, mask = shifted()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.nn.functional.linear(model.hidden(ids[:, :-1]).double(), model.embedding.weight.double())
+        found = total(model, ids, mask)
+    expected = logits.log_softmax(-1).gather(2, ids[:, 1:, None])
+    assert logits.mean().item() == pytest.approx(-100, abs=1) and found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected.sum().item(), abs=1e-3 * ids[:, 1:].numel())
+
+
+def test_adapted_token_rows_have_float32_logits_too():
+    model, ids, _ = shifted()
+    lora.add_lora(model, 2, 4, tokens=[5, 6])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(ids).dtype == torch.float32
+
+
 def test_empty_mask_is_zero_with_a_zero_gradient():
     logits = torch.randn(2, 3, 5, requires_grad=True)
     loss = sft.masked_loss(logits, torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3))
@@ -96,9 +142,13 @@ def test_empty_mask_is_zero_with_a_zero_gradient():
 
 def logit_gradients(model, ids, mask):
     """The gradient of sft_loss to the logits of every position, by a head applied everywhere: (B, T-1, V)."""
-    logits = []
-    head = model.head
-    model.head = lambda hidden: logits.append(head(hidden)) or logits[-1].retain_grad() or logits[-1]
+    class Watched(TokenMatrix):  # another head than a plain matrix: its logits are made where they can be seen
+        def logits(self, hidden):
+            logits.append(super().logits(hidden))
+            logits[-1].retain_grad()
+            return logits[-1]
+
+    logits, model.embedding.__class__ = [], Watched
     sft.sft_loss(model, ids, mask).backward()
     full = torch.zeros(*ids[:, 1:].shape, logits[0].size(-1))
     full[mask[:, 1:].bool()] = logits[0].grad

@@ -11,7 +11,9 @@ pytest.importorskip("trl")
 from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from model import GPT, GPTConfig
-from reward import RewardModel, bradley_terry_loss, collate, pairwise_loss, ranking_loss
+import reward
+from trainer import Run
+from reward import Ranking, RewardModel, bradley_terry_loss, ranking_loss
 
 PAD = 199
 
@@ -50,17 +52,15 @@ def test_scores_loss_and_gradients(tmp_path, seed):
     their_loss, their_scores = trl_loss(theirs, pairs)
 
     # a pair is a question with two answers, of which the first wins
-    ids, lengths, weights = collate([([p["chosen_ids"], p["rejected_ids"]], [(0, 1)]) for p in pairs], "cpu")
-    scores = ours(ids, lengths)
-    loss = pairwise_loss(scores, weights) / len(pairs)
+    first = torch.tensor([[False, True], [False, False]])
+    rankings = [Ranking([p["chosen_ids"], p["rejected_ids"]], torch.tensor([0, 1]), first) for p in pairs]
+    loss = reward.reward_step(ours, rankings, reward.Config(), Run(torch.device("cpu"), torch.float32))
     chosen, rejected = their_scores.chunk(2)
-    assert torch.allclose(scores[0::2], chosen, atol=1e-4) and torch.allclose(scores[1::2], rejected, atol=1e-4)
-    assert torch.allclose(loss, their_loss, atol=1e-5)
+    assert loss == pytest.approx(their_loss.item(), abs=1e-5)
     assert torch.allclose(bradley_terry_loss(chosen, rejected), their_loss, atol=1e-6)
     each = [ranking_loss(torch.stack(pair), torch.tensor([0, 1])) for pair in zip(chosen, rejected)]
     assert torch.allclose(torch.stack(each).mean(), their_loss, atol=1e-6)
 
-    loss.backward()
     their_loss.backward()
     assert theirs.score.weight.grad.abs().max() > 1e-2
     assert torch.allclose(ours.head.weight.grad, theirs.score.weight.grad, atol=1e-4)
