@@ -26,6 +26,7 @@ TOOLS = ("tool", "function", "function_call", "observation")
 REPLY_KEYS = ("completion", "response", "answer", "output")       # beside a prompt: one answer
 LIST_KEYS = ("answers", "completions", "responses")               # beside a prompt: several, scored
 QUESTION_KEYS = ("prompt", "instruction", "question", "query")
+WEIGHT_KEYS = ("loss_weight", "weight", "train")                  # in an assistant's turn: 0 or false is context only
 KEPT_KEYS = ("kind", "category", "source")                        # strings that tables are grouped by
 MARKER = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?|### ?(Human|Assistant): ?\n?")
 
@@ -78,10 +79,11 @@ def as_turn(raw):
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise BadRow("unknown role", f"it is {shown(role)}")
     message = {"role": ROLES[role.lower()], "content": as_text(first(raw, "content", "value"), "a message")}
-    if raw.get("loss_weight") is not None:
-        weight = as_number(raw["loss_weight"])
+    key = next((key for key in WEIGHT_KEYS if raw.get(key) is not None), None)
+    if key and message["role"] == "assistant":
+        weight = float(raw[key]) if isinstance(raw[key], bool) else as_number(raw[key])
         if weight is None or weight < 0:
-            raise BadRow("loss_weight is not a number", f"it is {shown(raw['loss_weight'])}")
+            raise BadRow(f"{key} is no number from 0", f"it is {shown(raw[key])}")
         message["loss_weight"] = weight
     return message
 
@@ -470,8 +472,8 @@ def in_order(messages, last):
                 continue
             raise BadRow("empty answer" if message["role"] == "assistant" else "empty message")
         if out and out[-1]["role"] == message["role"]:
-            if message["role"] == "assistant" and out[-1].get("loss_weight") != message.get("loss_weight"):
-                raise BadRow("assistant's turns to be joined have different loss_weight")
+            if out[-1].get("loss_weight", 1) != message.get("loss_weight", 1):
+                raise BadRow("assistant's turns to be joined have different weights")
             message = {**message, "content": out[-1]["content"] + "\n\n" + message["content"]}
             out.pop()
         out.append(message)
@@ -527,7 +529,10 @@ def cast(internal, want, merge_system=False, score="score"):
     if want == "sft":
         if internal.get("label") is False:
             raise BadRow("labelled as a bad answer")
-        return {"messages": fold(in_order(internal["messages"], "assistant"))}
+        messages = fold(in_order(internal["messages"], "assistant"))
+        if not any(message.get("loss_weight", 1) for message in messages if message["role"] == "assistant"):
+            raise BadRow("no answer to learn from: all have weight 0")
+        return {"messages": messages}
     messages = internal["prompt"] if "prompt" in internal else internal["messages"]
     if "messages" in internal and messages and messages[-1]["role"] == "assistant":
         messages = in_order(messages, "assistant")[:-1]
