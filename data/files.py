@@ -231,6 +231,7 @@ class Report:
     dropped: dict = field(default_factory=dict)   # reason -> (count, number of the first such row)
     shapes: dict = field(default_factory=dict)    # shape name -> rows used
     details: dict = field(default_factory=dict)   # reason -> what the first such row holds
+    notes: dict = field(default_factory=dict)     # what kept rows do -> (count, number of the first, an example)
     forms: dict = field(default_factory=dict)     # reason -> True where the row is sound, but of another form
 
     def keep(self, shape, made, rows=1):
@@ -243,7 +244,17 @@ class Report:
         self.details.setdefault(bad.reason, bad.detail)
         self.forms[bad.reason] = isinstance(bad, WrongForm)
 
+    def note(self, what, row, example=""):
+        """Rows that are kept, of which the user should know that they `what`."""
+        count, first, example = self.notes.get(what, (0, row, example))
+        self.notes[what] = (count + 1, first, example)
+
     def __str__(self):
+        notes = "".join(f"\n  look: {count:,} row{'s' * (count != 1)} {what} (first: row {first:,}{example})"
+                        for what, (count, first, example) in self.notes.items())
+        return self.counts() + notes
+
+    def counts(self):
         shapes = ", ".join(self.shapes if len(self.shapes) == 1 else (f"{k} {n:,}" for k, n in self.shapes.items()))
         kept = f"{self.kept:,} kept" if self.kept == self.used else f"{self.kept:,} made from {self.used:,} of them"
         line = f"{self.name}: {self.read:,} row{'s' * (self.read != 1)} read, {kept}"
@@ -271,7 +282,7 @@ def load(path, want, merge_system=False, score="score"):
     if want not in FORMS:
         raise ValueError(f"want is one of {', '.join(FORMS)}, not {want!r}")
     path = Path(path).expanduser()
-    report, rows, flat = Report(path.name), [], {}
+    report, found, flat = Report(path.name), [], {}
     for number, raw in read(path):
         report.read += 1
         try:
@@ -281,6 +292,7 @@ def load(path, want, merge_system=False, score="score"):
             if "flat" in internal:
                 flat[internal["flat"]["message_id"]] = (number, internal["flat"])
                 continue
+            label = internal.pop("label", None) if want == "sft" else None
             parts = tree_rows(internal["tree"], want) if "tree" in internal else [internal]
             made = [finished(part, raw, want, merge_system, score) for part in parts]
             if not made:
@@ -288,11 +300,26 @@ def load(path, want, merge_system=False, score="score"):
         except BadRow as bad:
             report.drop(bad, number)
             continue
-        rows += made
-        report.keep(shape.name, len(made))
-    rows += flat_rows(flat, want, merge_system, score, report)
+        found.append((number, shape.name, made, label))
+    rows = judged(found, report) + flat_rows(flat, want, merge_system, score, report)
     check(report, NEEDS[want], path)
     return rows, report
+
+
+def judged(found, report):
+    """[(row number, shape, rows made of it, label), ...] -> the rows, without those whose label says that the answer is
+    bad. Where a tenth of the labels or more say neither good nor bad, the label is a class of something else."""
+    labels, rows = [label for *_, label in found if label], []
+    a_class = labels.count("odd") * 10 >= len(labels)
+    for number, shape, made, label in found:
+        if label and not a_class and label != "good":
+            report.drop(BadRow("labelled as a bad answer" if label == "bad" else "a label that is no verdict"), number)
+            continue
+        rows += made
+        report.keep(f"{shape}, judged" if label and not a_class else shape, len(made))
+        if label == "bad":
+            report.note("carry a label that is taken for a class of something else, not for a bad answer", number)
+    return rows
 
 
 def read(path):

@@ -23,9 +23,11 @@ from dataclasses import dataclass
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user",
          "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant"}
 TOOLS = ("tool", "function", "function_call", "observation")
-REPLY_KEYS = ("completion", "response", "answer", "output")       # beside a prompt: one answer
+REPLY_KEYS = ("completion", "response", "answer", "output", "best_answer")   # beside a prompt: one answer
 LIST_KEYS = ("answers", "completions", "responses")               # beside a prompt: several, scored
-QUESTION_KEYS = ("prompt", "instruction", "question", "query")
+QUESTION_KEYS = ("prompt", "question", "instruction", "query", "input")
+VERDICT_KEYS = ("label", "kto_tag", "is_correct", "correct")      # beside one answer: whether it is a good one
+CHOICE_KEYS = ("choices", "options", "endings")                   # beside them a label says which one is right
 WEIGHT_KEYS = ("loss_weight", "weight", "train")                  # in an assistant's turn: 0 or false is context only
 KEPT_KEYS = ("kind", "category", "source")                        # strings that tables are grouped by
 MARKER = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?|### ?(Human|Assistant): ?\n?")
@@ -131,9 +133,10 @@ def as_prompt(value):
 
 
 def with_system(row, messages):
-    """A row's own `system` string stands first, where the messages bring none."""
-    if row.get("system") and messages[:1] and messages[0]["role"] != "system":
-        return [{"role": "system", "content": as_text(row["system"], "system")}] + messages
+    """A row's own system prompt stands first, where the messages bring none."""
+    system = first(row, "system", "system_prompt")
+    if system and messages[:1] and messages[0]["role"] != "system":
+        return [says("system", as_text(system, "system"))] + messages
     return messages
 
 
@@ -144,12 +147,16 @@ def with_input(row):
     return f"{instruction}\n\n{more}" if more.strip() else instruction
 
 
-def question(row):
-    """The prompt of a row that names it: prompt, instruction (+ input), question, query, or a conversation."""
-    key = next((key for key in (*QUESTION_KEYS, "conversations", "messages") if key in row), None)
+def question(row, *keys):
+    """The prompt of a row under the first of `keys`, after the turns of its `history`; no keys: what rows name it."""
+    key = next((key for key in keys or (*QUESTION_KEYS, "conversations", "messages") if key in row), None)
     if key is None:
         raise BadRow("chosen and rejected without a prompt")
-    return with_system(row, as_prompt(with_input(row) if key == "instruction" else row[key]))
+    history = first(row, "history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise BadRow("history is not a list of pairs")
+    before = alternating([text for pair in history for text in pair], "history")
+    return with_system(row, before + as_prompt(with_input(row) if key == "instruction" else row[key]))
 
 
 # ---- one function a family of shapes: a raw row -> an internal row ----
@@ -232,27 +239,20 @@ def from_tldr(row):
     return {"prompt": as_turns("\n\n".join(lines + ["TL;DR:"]), "user"), "answers": answers}
 
 
-def from_prompt_reply(row):
+def from_reply(row):
     return {"messages": question(row) + as_turns(first(row, *REPLY_KEYS), "assistant")}
 
 
-def from_labelled(row):
-    """One answer judged good or bad (KTO): a bad one must never become an example to imitate."""
-    return from_prompt_reply(row) | {"label": str(row["label"]).lower() == "true"}
-
-
 def from_alpaca(row):
-    history = row.get("history", [])
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise BadRow("history is not a list of pairs")
-    before = alternating([text for pair in history for text in pair], "history")
-    reply = as_turns(first(row, "output", "response"), "assistant")
-    return {"messages": with_system(row, before + as_turns(with_input(row), "user") + reply)}
+    return {"messages": question(row, "instruction") + as_turns(first(row, "output", "response"), "assistant")}
 
 
-def from_qa(row):
-    reply = as_text(first(row, "answer", "best_answer"), "an answer")
-    return {"messages": with_system(row, as_prompt(row["question"])) + as_turns(reply, "assistant")}
+def verdict(row):
+    """What a row says of its answer: "good", "bad", "odd" where its label says neither, None where it has none."""
+    words = {str(row[key]).strip().lower().removesuffix(".0") for key in VERDICT_KEYS if key in row}
+    if not words or any(key in row for key in CHOICE_KEYS):
+        return None
+    return "bad" if words & {"false", "0", "-1"} else "good" if words & {"true", "1"} else "odd"
 
 
 def from_transcript(row):
@@ -399,10 +399,6 @@ def has_question(row):
     return any(key in row for key in QUESTION_KEYS)
 
 
-def is_label(value):
-    return isinstance(value, bool) or str(value).lower() in ("true", "false")  # a CSV cell holds the word
-
-
 SFT, RANKED = ("sft", "prompts"), ("ranked", "sft", "prompts")
 SHAPES = [
     Shape("messages", lambda row: talks(row, "messages"), from_messages, SFT),
@@ -416,12 +412,9 @@ SHAPES = [
           from_tree, RANKED),
     Shape("OASST messages", is_flat, from_flat, RANKED),
     Shape("TL;DR comparison", lambda row: has(row, "info", "summaries", "choice"), from_tldr, RANKED),
-    Shape("unpaired prompt/completion/label", lambda row: has(row, "prompt", "label") and is_label(row["label"])
-          and has_reply(row), from_labelled, SFT),
-    Shape("prompt/completion", lambda row: has(row, "prompt") and has_reply(row), from_prompt_reply, SFT),
+    Shape("prompt/completion", lambda row: has(row, "prompt") and has_reply(row), from_reply, SFT),
     Shape("alpaca", lambda row: has(row, "instruction") and ("output" in row or "response" in row), from_alpaca, SFT),
-    Shape("question/answer", lambda row: has(row, "question") and ("answer" in row or "best_answer" in row),
-          from_qa, SFT),
+    Shape("question/answer", lambda row: has_question(row) and has_reply(row), from_reply, SFT),
     Shape("transcript", lambda row: is_transcript(row.get("text")), from_transcript, SFT),
     Shape("text", lambda row: has(row, "text"), from_text, ("text",)),
     Shape("turns", lambda row: has(row, "turns"), from_turns, ("prompts",)),
@@ -445,7 +438,7 @@ class WrongForm(BadRow):
 
 
 def recognise(raw, want):
-    """A raw row -> (its Shape, its internal row). Raises BadRow."""
+    """A raw row -> (its Shape, its internal row, where `label` is its verdict on the answer). Raises BadRow."""
     if isinstance(raw, BadRow):
         raise raw
     if not isinstance(raw, dict):
@@ -458,7 +451,9 @@ def recognise(raw, want):
         raise BadRow("unknown keys", f"its keys are {keys or 'none'}")
     if shape is None:
         raise WrongForm(f"holds {HOLDS[other.gives[0]]} ({other.name})")
-    return shape, shape.convert(row)
+    internal = shape.convert(row)
+    internal["label"] = verdict(row) if shape.gives[0] == "sft" else None
+    return shape, internal
 
 
 # ---- from an internal row to the wanted form ----
@@ -527,7 +522,7 @@ def cast(internal, want, merge_system=False, score="score"):
             return {"prompt": prompt}
         return {"messages": prompt + [{"role": "assistant", "content": best["text"]}]}
     if want == "sft":
-        if internal.get("label") is False:
+        if internal.get("label") == "bad":
             raise BadRow("labelled as a bad answer")
         messages = fold(in_order(internal["messages"], "assistant"))
         if not any(message.get("loss_weight", 1) for message in messages if message["role"] == "assistant"):

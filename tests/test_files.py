@@ -72,7 +72,9 @@ SFT = [
     ("prompt/completion", {"prompt": "hi", "answer": "yo", "system": "be kind"}, [s("be kind")] + TALK),
     ("prompt/completion", {"prompt": "hi", "output": "yo", "label": "greeting"}, TALK),  # a label that judges nothing
     ("prompt/completion", {"prompt": [u("hi")], "completion": [a("yo")]}, TALK),
-    ("unpaired prompt/completion/label", {"prompt": "hi", "completion": "yo", "label": True}, TALK),
+    ("prompt/completion, judged", {"prompt": "hi", "completion": "yo", "label": True}, TALK),
+    ("question/answer, judged", {"question": "hi", "answer": "yo", "label": "1.0"}, TALK),
+    ("question/answer", {"question": "hi", "answer": "yo", "choices": ["yo", "no"], "label": 0}, TALK),  # an index
     ("alpaca", {"instruction": "say", "input": "yo", "output": "yo"}, [u("say\n\nyo"), a("yo")]),
     ("alpaca", {"instruction": "hi", "input": "", "output": "yo"}, TALK),
     ("alpaca", {"instruction": "hi", "input": " \n", "output": "yo"}, TALK),
@@ -81,6 +83,9 @@ SFT = [
      [s("be kind")] + TWO + [a("end")]),
     ("question/answer", {"question": "hi", "answer": "yo"}, TALK),
     ("question/answer", {"question": "hi", "best_answer": "yo", "category": "x"}, TALK),
+    ("question/answer", {"system_prompt": "be kind", "question": "hi", "response": "yo"}, [s("be kind")] + TALK),
+    ("question/answer", {"query": "more", "response": "end", "history": [["hi", "yo"]]}, TWO + [a("end")]),
+    ("question/answer", {"subject": "greeting", "input": "hi", "output": "yo"}, TALK),
     ("transcript", {"text": "### Human: hi### Assistant: yo"}, TALK),
     ("transcript", {"text": "Be kind.\n### Human: hi\n### Assistant:\nyo"}, [s("Be kind.")] + TALK),
     ("transcript", {"text": HH + "     end\n"}, TWO + [a("    end\n")]),  # one blank belongs to the marker
@@ -198,13 +203,40 @@ def test_one_answer_can_be_imitated_but_not_compared(tmp_path):
     assert len(rows) == 1 and report.dropped == {"fewer than two answers": (2, 1)}
 
 
-def test_a_bad_label_is_never_imitated(tmp_path):
-    rows = [{"prompt": "q", "completion": text, "label": text == "good"} for text in ("good", "bad", "bad", "bad")]
-    kept, report = files.load(put(tmp_path, rows), "sft")
-    assert [row["messages"][-1] for row in kept] == [a("good")]
-    assert report.dropped == {"labelled as a bad answer": (3, 2)}
-    with pytest.raises(UserError, match="unpaired.*needs several answers"):
+def thumbs(labels, **more):
+    return [{"prompt": f"q{i}", "completion": f"x{i}", "label": label, **more} for i, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize("good, bad", [(True, False), (1, 0), (1.0, 0.0), ("1", "0"), ("TRUE", "False"), (1, -1)])
+def test_a_bad_answer_is_never_imitated(tmp_path, good, bad):
+    rows = thumbs([good, bad, bad, bad])
+    flat = [{"question": row["prompt"], "answer": row["completion"], "label": row["label"]} for row in rows]
+    talks = [{"messages": [u(row["prompt"]), a(row["completion"])], "label": row["label"]} for row in rows]
+    alpaca = [{"instruction": row["prompt"], "output": row["completion"], "kto_tag": row["label"]} for row in rows]
+    for form in (rows, flat, talks, alpaca):
+        kept, report = files.load(put(tmp_path, form), "sft")
+        assert [row["messages"][-1] for row in kept] == [a("x0")]
+        assert report.dropped == {"labelled as a bad answer": (3, 2)} and report.used == 1
+        assert len(files.load(put(tmp_path, form), "prompts")[0]) == 4  # it may still be asked
+    with pytest.raises(UserError, match="holds SFT.*needs several answers"):
         files.load(put(tmp_path, rows), "ranked")
+    with pytest.raises(UserError, match="none of its 3 rows can be used; most often: labelled as a bad answer"):
+        files.load(put(tmp_path, rows[1:]), "sft")
+
+
+def test_a_label_with_other_values_is_a_class_and_no_verdict(tmp_path):
+    for labels in ([0, 1, 2, 3] * 5, ["spam", "no", "0", "1"] * 5, [0.0, 0.5, 1.0, 1.5] * 5):
+        rows, report = files.load(put(tmp_path, thumbs(labels)), "sft")
+        assert [row["messages"][1]["content"] for row in rows] == [f"x{i}" for i in range(20)]
+        assert report.dropped == {} and "20 kept (prompt/completion)" in str(report)
+        assert "look: 5 rows carry a label that is taken for a class" in str(report)
+
+
+def test_one_odd_label_does_not_make_a_class_of_the_others(tmp_path):
+    rows = thumbs([1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 1, 2]) + [{"prompt": "hi", "completion": "yo"}] + thumbs([None])
+    kept, report = files.load(put(tmp_path, rows), "sft")
+    assert report.dropped == {"labelled as a bad answer": (5, 2), "a label that is no verdict": (1, 13)}
+    assert report.shapes == {"prompt/completion, judged": 7, "prompt/completion": 2} and len(kept) == 9
 
 
 def node(name, role, text, rank=None, replies=(), **more):
