@@ -25,7 +25,7 @@ if __name__ == "__main__":  # started as a script, Python looks for modules in d
 from data.files import stream
 from data.readability import is_simple
 from data.report import Report, writing
-from data.shapes import BadRow, WrongForm, finished, recognise, tree_rows
+from data.shapes import BadRow, WrongForm, finished, parts, recognise
 from data.toxicity import is_clean, load_toxicity, toxicity_of
 from errors import UserError, end_politely
 
@@ -227,7 +227,7 @@ def cleaned_row(row, report, args, scores):
 
 
 def rows_of(raw, wants):
-    """A raw row -> rows in the first form of `wants` (shapes.py) that it has; a tree gives several. Raises BadRow."""
+    """A raw row -> rows in the first form of `wants` (shapes.py) that it has; a tree or a task gives several. Raises BadRow."""
     for want in wants:
         try:
             shape, internal = recognise(raw, want)
@@ -236,8 +236,7 @@ def rows_of(raw, wants):
             continue
         if "flat" in internal:
             raise BadRow("one message of a tree: give the file to data/oasst.py first")
-        parts = tree_rows(internal["tree"], want) if "tree" in internal else [internal]
-        return [finished(part, raw, want, merge_system=False, score="score") for part in parts]
+        return [finished(part, raw, want, merge_system=False, score="score") for part in parts(internal, want)]
     raise wrong
 
 

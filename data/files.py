@@ -21,12 +21,13 @@ from pathlib import Path
 
 if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.shapes import FORMS, NEEDS, SHAPES, BadRow, WrongForm, finished, plant, recognise, shown, tree_rows
+from data.shapes import FORMS, NEEDS, SHAPES, BadRow, WrongForm, finished, parts, plant, recognise, shown
 from errors import UserError, end_politely
 
 LIMIT = 10_000_000  # bytes in a line or in a CSV cell: more is a broken file, not an example
 LISTS_IN_CELLS = ("messages", "conversations", "conversation", "answers", "completions", "responses", "turns",
-                  "history", "info", "summaries", "data", "choices", "endings", "mc1_targets", "mc2_targets")
+                  "history", "info", "summaries", "data", "choices", "endings", "mc1_targets", "mc2_targets",
+                  "instances")
 
 
 # ---- files: every ending becomes (row number, raw row or BadRow) ----
@@ -231,7 +232,7 @@ class Report:
     dropped: dict = field(default_factory=dict)   # reason -> (count, number of the first such row)
     shapes: dict = field(default_factory=dict)    # shape name -> rows used
     details: dict = field(default_factory=dict)   # reason -> what the first such row holds
-    notes: dict = field(default_factory=dict)     # what kept rows do -> (count, number of the first, an example)
+    notes: dict = field(default_factory=dict)     # what to look at in kept rows -> (count, the first's number, example)
     forms: dict = field(default_factory=dict)     # reason -> True where the row is sound, but of another form
 
     def keep(self, shape, made, rows=1):
@@ -245,14 +246,14 @@ class Report:
         self.forms[bad.reason] = isinstance(bad, WrongForm)
 
     def note(self, what, row, example=""):
-        """Rows that are kept, of which the user should know that they `what`."""
+        """Something about a row that is kept, which the user should know."""
         count, first, example = self.notes.get(what, (0, row, example))
         self.notes[what] = (count + 1, first, example)
 
     def __str__(self):
-        notes = "".join(f"\n  look: {count:,} row{'s' * (count != 1)} {what} (first: row {first:,}{example})"
-                        for what, (count, first, example) in self.notes.items())
-        return self.counts() + notes
+        return self.counts() + "".join(
+            f"\n  look: {what} ({count:,} row{'s' * (count != 1)}, first: row {first:,}{example and ', ' + example})"
+            for what, (count, first, example) in self.notes.items())
 
     def counts(self):
         shapes = ", ".join(self.shapes if len(self.shapes) == 1 else (f"{k} {n:,}" for k, n in self.shapes.items()))
@@ -287,38 +288,46 @@ def load(path, want, merge_system=False, score="score"):
         report.read += 1
         try:
             shape, internal = recognise(raw, want)
-            if "flat" in internal and internal["flat"]["message_id"] in flat:
-                raise BadRow("message_id seen before")
             if "flat" in internal:
+                if internal["flat"]["message_id"] in flat:
+                    raise BadRow("message_id seen before")
                 flat[internal["flat"]["message_id"]] = (number, internal["flat"])
                 continue
-            label = internal.pop("label", None) if want == "sft" else None
-            parts = tree_rows(internal["tree"], want) if "tree" in internal else [internal]
-            made = [finished(part, raw, want, merge_system, score) for part in parts]
-            if not made:
-                raise BadRow("a tree without the wanted form")
+            label, internal["label"] = internal["label"], None  # judged when all labels have been seen
+            found.append(((number,), shape.name, label, *made_of(internal, raw, want, merge_system, score)))
         except BadRow as bad:
             report.drop(bad, number)
-            continue
-        found.append((number, shape.name, made, label))
-    rows = judged(found, report) + flat_rows(flat, want, merge_system, score, report)
+    found += flat_rows(flat, want, merge_system, score, report)
+    rows = judged(found, want, report)
     check(report, NEEDS[want], path)
     return rows, report
 
 
-def judged(found, report):
-    """[(row number, shape, rows made of it, label), ...] -> the rows, without those whose label says that the answer is
-    bad. Where a tenth of the labels or more say neither good nor bad, the label is a class of something else."""
-    labels, rows = [label for *_, label in found if label], []
-    a_class = labels.count("odd") * 10 >= len(labels)
-    for number, shape, made, label in found:
-        if label and not a_class and label != "good":
-            report.drop(BadRow("labelled as a bad answer" if label == "bad" else "a label that is no verdict"), number)
+def made_of(internal, raw, want, merge_system, score):
+    """An internal row -> the rows in the wanted form, what is noted on them. Raises BadRow."""
+    rows = parts(internal, want)
+    made = [finished(part, raw, want, merge_system, score) for part in rows]
+    if not made:
+        raise BadRow("a tree without the wanted form")
+    return made, rows[0]["notes"]
+
+
+def judged(found, want, report):
+    """[(row numbers, shape, label, rows made of them, notes), ...] -> the rows; for SFT without those whose label says
+    that the answer is bad. Where a tenth of the labels or more say neither good nor bad, they are classes of something."""
+    labels = [label for _, _, label, *_ in found if label]
+    judges = want == "sft" and labels.count("odd") * 10 < len(labels)
+    rows = []
+    for numbers, shape, label, made, notes in found:
+        if judges and label in ("bad", "odd"):
+            report.drop(BadRow("labelled as a bad answer" if label == "bad" else "a label that is no verdict"), *numbers)
             continue
         rows += made
-        report.keep(f"{shape}, judged" if label and not a_class else shape, len(made))
-        if label == "bad":
-            report.note("carry a label that is taken for a class of something else, not for a bad answer", number)
+        report.keep(f"{shape}, judged" if judges and label else shape, len(made), len(numbers))
+        if want == "sft" and label == "bad":
+            notes["a label is taken for a class of something, not for a bad answer"] = ""
+        for what, example in notes.items():
+            report.note(what, numbers[0], example)
     return rows
 
 
@@ -353,23 +362,17 @@ def stream(path, convert, needs):
 
 
 def flat_rows(flat, want, merge_system, score, report):
-    """Flat OASST rows stand in any order, so their trees exist only when the whole file is read."""
-    rows = []
+    """Flat OASST rows stand in any order, so their trees exist only when the whole file is read. -> as in judged."""
     trees, loose = plant(list(flat.values()))
     for number in loose:
         report.drop(BadRow("hangs on a message that is not there"), number)
     for root, numbers in trees:
+        internal = {"tree": root, "label": None, "unread": {}}
         try:
-            made = [finished(part, {}, want, merge_system, score) for part in tree_rows(root, want)]
-            if not made:
-                raise BadRow("a tree without the wanted form")
+            yield numbers, "OASST messages", None, *made_of(internal, {}, want, merge_system, score)
         except BadRow as bad:
             for number in numbers:
                 report.drop(bad, number)
-            continue
-        rows += made
-        report.keep("OASST messages", len(made), len(numbers))
-    return rows
 
 
 def unreadable(path, error):

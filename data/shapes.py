@@ -12,9 +12,11 @@ Conversions: ranked -> sft takes the best answer (the first of equals), sft -> p
 chosen/rejected pair is ranked with scores 1 and 0.
 
 What is changed in a user's text, and nothing else: consecutive turns of one role are joined with a blank line, an
-empty system prompt is left out, an instruction and its input are joined with a blank line, and in transcripts
-("Human: ... Assistant: ...") the markers go, with the white space that set them off. null is the same as absent.
+empty system prompt is left out, a question and its input are joined with a blank line (not "[removed]"), end marks
+behind an answer ("</s>") go, and in transcripts ("Human: ... Assistant: ...", or Alpaca's template) the markers go, with
+the white space that set them off. null is the same as absent. What should be looked at is noted on the internal row.
 """
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -26,11 +28,19 @@ TOOLS = ("tool", "function", "function_call", "observation")
 REPLY_KEYS = ("completion", "response", "answer", "output", "best_answer")   # beside a prompt: one answer
 LIST_KEYS = ("answers", "completions", "responses")               # beside a prompt: several, scored
 QUESTION_KEYS = ("prompt", "question", "instruction", "query", "input")
-VERDICT_KEYS = ("label", "kto_tag", "is_correct", "correct")      # beside one answer: whether it is a good one
-CHOICE_KEYS = ("choices", "options", "endings")                   # beside them a label says which one is right
+VERDICT_KEYS = {"label", "kto_tag", "is_correct", "correct"}      # beside one answer: whether it is a good one
+CHOICE_KEYS = {"choices", "options", "endings"}                   # beside them a label says which one is right
 WEIGHT_KEYS = ("loss_weight", "weight", "train")                  # in an assistant's turn: 0 or false is context only
 KEPT_KEYS = ("kind", "category", "source")                        # strings that tables are grouped by
-MARKER = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?|### ?(Human|Assistant): ?\n?")
+INPUT_KEYS = ("input", "context", "question_ctx", "selftext")     # beside a question: what it is about
+NOTHING = ("", "[removed]", "[deleted]", "<noinput>")             # what stands there where it is about nothing
+MARKERS = [re.compile(r"(?:\A|\r?\n\r?\n)(Human|Assistant): ?"),  # families: a transcript keeps to one
+           re.compile(r"### ?(Human|User|Assistant): ?(?:\r?\n)?"),
+           re.compile(r"### ?(Instruction|Input|Response): ?(?:\r?\n)?")]
+ALPACA = "Below is an instruction that describes a task"          # its template begins so
+END_MARK = re.compile(r"</s>|<eos>|<end_of_turn>|<\|\w{0,20}(?:end|eot|eos)\w{0,20}\|>|###\w{0,20}(?:eos|EOS)\w{0,20}###")
+WORDS = re.compile(r"[^\W\d_][^\w\s]?\s+[^\w\s]?[^\W\d_]")      # two of them
+PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
 
 class BadRow(Exception):
@@ -45,6 +55,21 @@ class BadRow(Exception):
 
 def says(role, text):
     return {"role": role, "content": text}
+
+
+class Reading(dict):
+    """A row that remembers which of its keys were read."""
+
+    def __init__(self, row):
+        super().__init__(row)
+        self.read = set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
 
 
 def first(raw, *keys):
@@ -103,32 +128,47 @@ def alternating(strings, name):
     return [{"role": ("user", "assistant")[i % 2], "content": as_text(s, name)} for i, s in enumerate(strings)]
 
 
+def marks(text):
+    """The speakers' marks in a transcript: those of the family that begins first, as others are somebody's words."""
+    if not isinstance(text, str) or not ("###" in text or "Human:" in text):
+        return []
+    families = [list(family.finditer(text)) for family in MARKERS]
+    return min((found for found in families if found), key=lambda found: found[0].start(), default=[])
+
+
+def speaker(mark):
+    return {"instruction": "user", "input": "user", "response": "assistant", **ROLES}[mark[1].lower()]
+
+
 def split_transcript(text):
-    """Human: ... Assistant: ..., or ### Human: ... ### Assistant: ... -> messages. Words before are the system's."""
-    marks = list(MARKER.finditer(text))
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    before = text[:marks[0].start()].strip() if marks else ""
-    messages = [{"role": "system", "content": before}] if before else []
-    for mark, end in zip(marks, ends):
+    """Human: ... Assistant: ..., ### Human: ... ### Assistant: ..., or Alpaca's template -> messages. Words before are
+    the system's, but for the template's own."""
+    found = marks(text)
+    ends = [mark.start() for mark in found[1:]] + [len(text)]
+    before = text[:found[0].start()].strip() if found else ""
+    messages = [says("system", before)] if before and not before.startswith(ALPACA) else []
+    for mark, end in zip(found, ends):
         said = text[mark.end():end]
-        said = said if mark is marks[-1] else said.rstrip()
-        messages.append({"role": ROLES[(mark[1] or mark[2]).lower()], "content": said})
+        said = said if mark is found[-1] else said.rstrip()
+        if mark[1] != "Input" or said.strip() not in NOTHING:
+            messages.append(says(speaker(mark), said))
     return messages
 
 
 def is_transcript(text):
     """True where the first marker is the human's and the assistant has one too."""
-    if not isinstance(text, str):
-        return False
-    speakers = [mark[1] or mark[2] for mark in MARKER.finditer(text)]
-    return speakers[:1] == ["Human"] and "Assistant" in speakers
+    speakers = [speaker(mark) for mark in marks(text)]
+    return speakers[:1] == ["user"] and "assistant" in speakers
 
 
 def as_prompt(value):
-    """The conversation up to the answer. A transcript may end with the bare "Assistant:" that asks for it."""
-    if is_transcript(value) and MARKER.match(value):
-        turns = split_transcript(value)
-        return turns[:-1] if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip() else turns
+    """The conversation up to the answer. A transcript stands alone or behind Alpaca's words; behind other words it ends
+    with the bare "Assistant:" that asks for an answer, or else they are about it."""
+    if is_transcript(value):
+        before, turns = value[:marks(value)[0].start()].strip(), split_transcript(value)
+        asks = turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip()
+        if asks or not before or before.startswith(ALPACA):
+            return turns[:-1] if asks else turns
     return as_turns(value, "user")
 
 
@@ -140,11 +180,12 @@ def with_system(row, messages):
     return messages
 
 
-def with_input(row):
-    """Alpaca's and Dolly's question: the instruction, a blank line, and its input where there is one."""
-    more = as_text(first(row, "input", "context") or "", "input")
-    instruction = as_text(row["instruction"], "instruction")
-    return f"{instruction}\n\n{more}" if more.strip() else instruction
+def with_input(row, key):
+    """The text under `key`, a blank line, and what it is about, where that is said and does not stand in it already."""
+    asked = as_text(row[key], key)
+    inputs = (as_text(row[other], other) for other in INPUT_KEYS if other in row and other != key)
+    more = next((text for text in inputs if text.strip() not in NOTHING), "")
+    return asked if more.strip() in asked else f"{asked}\n\n{more}"
 
 
 def question(row, *keys):
@@ -156,7 +197,7 @@ def question(row, *keys):
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise BadRow("history is not a list of pairs")
     before = alternating([text for pair in history for text in pair], "history")
-    return with_system(row, before + as_prompt(with_input(row) if key == "instruction" else row[key]))
+    return with_system(row, before + as_prompt(with_input(row, key) if isinstance(row[key], str) else row[key]))
 
 
 # ---- one function a family of shapes: a raw row -> an internal row ----
@@ -198,10 +239,7 @@ def from_pair(row):
 
 def from_eli5(row):
     """The user asks the title and, after a blank line, the selftext."""
-    more = as_text(row.get("selftext", ""), "selftext")
-    title = as_text(row["title"], "title")
-    asked = f"{title}\n\n{more}" if more.strip() else title
-    return {"prompt": as_turns(asked, "user"), "answers": scored(row["answers"], "answers")}
+    return {"prompt": as_turns(with_input(row, "title"), "user"), "answers": scored(row["answers"], "answers")}
 
 
 def from_answers(row):
@@ -247,10 +285,18 @@ def from_alpaca(row):
     return {"messages": question(row, "instruction") + as_turns(first(row, "output", "response"), "assistant")}
 
 
+def from_instances(row):
+    """Self-Instruct: a task, and several inputs and outputs of it, each of which is a row."""
+    instances = as_list(row, "instances")
+    if not all(isinstance(instance, dict) for instance in instances):
+        raise BadRow("an instance is not an object")
+    return {"rows": [from_alpaca({**row, **instance}) for instance in instances]}
+
+
 def verdict(row):
     """What a row says of its answer: "good", "bad", "odd" where its label says neither, None where it has none."""
-    words = {str(row[key]).strip().lower().removesuffix(".0") for key in VERDICT_KEYS if key in row}
-    if not words or any(key in row for key in CHOICE_KEYS):
+    words = {str(row[key]).strip().lower().removesuffix(".0") for key in row.keys() & VERDICT_KEYS}
+    if not words or row.keys() & CHOICE_KEYS:
         return None
     return "bad" if words & {"false", "0", "-1"} else "good" if words & {"true", "1"} else "odd"
 
@@ -275,7 +321,7 @@ def from_question(row):
 
 def as_list(row, key):
     if not isinstance(row[key], list) or not row[key]:
-        raise BadRow(f"{key} is not a list of turns", f"it is {shown(row[key])}")
+        raise BadRow(f"{key} is not a list, or empty", f"it is {shown(row[key])}")
     return row[key]
 
 
@@ -413,6 +459,7 @@ SHAPES = [
     Shape("OASST messages", is_flat, from_flat, RANKED),
     Shape("TL;DR comparison", lambda row: has(row, "info", "summaries", "choice"), from_tldr, RANKED),
     Shape("prompt/completion", lambda row: has(row, "prompt") and has_reply(row), from_reply, SFT),
+    Shape("instruction/instances", lambda row: has(row, "instruction", "instances"), from_instances, SFT),
     Shape("alpaca", lambda row: has(row, "instruction") and ("output" in row or "response" in row), from_alpaca, SFT),
     Shape("question/answer", lambda row: has_question(row) and has_reply(row), from_reply, SFT),
     Shape("transcript", lambda row: is_transcript(row.get("text")), from_transcript, SFT),
@@ -438,7 +485,7 @@ class WrongForm(BadRow):
 
 
 def recognise(raw, want):
-    """A raw row -> (its Shape, its internal row, where `label` is its verdict on the answer). Raises BadRow."""
+    """A raw row -> (its Shape, its internal row, with its `label` (see verdict) and its `unread` text). Raises BadRow."""
     if isinstance(raw, BadRow):
         raise raw
     if not isinstance(raw, dict):
@@ -451,9 +498,27 @@ def recognise(raw, want):
         raise BadRow("unknown keys", f"its keys are {keys or 'none'}")
     if shape is None:
         raise WrongForm(f"holds {HOLDS[other.gives[0]]} ({other.name})")
-    internal = shape.convert(row)
+    reading = Reading(row)
+    internal = shape.convert(reading)
     internal["label"] = verdict(row) if shape.gives[0] == "sft" else None
+    internal["unread"] = {key: value for key, value in row.items()
+                          if key not in reading.read and key not in KEPT_KEYS and wordy(value)}
     return shape, internal
+
+
+def wordy(value, depth=3):
+    """Does a value hold words, and not only a name, a number or an address?"""
+    if isinstance(value, str):
+        return bool(WORDS.search(value[:200])) or not value.isascii()
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and any(wordy(part, depth - 1) for part in itertools.islice(inside, 20))
+
+
+def parts(internal, want):
+    """The internal rows in one: of a tree, of a task's instances, or itself. What is noted on one is noted on all."""
+    rows = tree_rows(internal["tree"], want) if "tree" in internal else internal.get("rows", [internal])
+    shared = {"label": internal["label"], "unread": internal["unread"], "notes": {}}
+    return [{**row, **shared} for row in rows]
 
 
 # ---- from an internal row to the wanted form ----
@@ -537,12 +602,49 @@ def cast(internal, want, merge_system=False, score="score"):
 
 def finished(internal, raw, want, merge_system, score):
     """cast, the kept keys of the raw row, and a look at every string that will be tokenized."""
+    trim(internal)
     row = cast(internal, want, merge_system, score)
     row |= {key: raw[key] for key in KEPT_KEYS if isinstance(raw.get(key), str)}
     texts = [value for value in row.values() if isinstance(value, str)] + row.get("follow_ups", [])
     texts += [message["content"] for message in row.get("messages", row.get("prompt", []))]
-    check_texts(texts + [answer["text"] for answer in row.get("answers", [])])
+    texts += [answer["text"] for answer in row.get("answers", [])]
+    check_texts(texts)
+    look(internal, row, texts)
     return row
+
+
+def end_marks(text):
+    """What models are told to end with, where it stands in a text. <s>...</s> is HTML."""
+    if not (">" in text or "###" in text):  # in most texts, and much faster than the search
+        return []
+    return [mark for mark in END_MARK.finditer(text) if mark[0] != "</s>" or "<s>" not in text]
+
+
+def trim(internal):
+    """Takes the end marks off an internal row's answers, where a template left them: a renderer sets its own."""
+    for turn in [*internal.get("messages", ()), *internal.get("prompt", ()), *internal.get("answers", ())]:
+        key = "text" if "text" in turn else "content"
+        text, found = turn[key], end_marks(turn[key]) if turn.get("role", "assistant") == "assistant" else []
+        while found and not text[found[-1].end():].strip():
+            internal.setdefault("notes", {})["an end mark behind an answer is taken off"] = found[-1][0]
+            text = text[:found.pop().start()].rstrip()
+        turn[key] = text
+
+
+def look(internal, row, texts):
+    """Notes on an internal row what in its text may be wrong: {what: an example}."""
+    notes = internal.setdefault("notes", {})
+    for text in texts:
+        if "{{" in text and (found := PLACEHOLDER.search(text)):
+            notes.setdefault("a placeholder that nobody filled in", found[0])
+        if found := end_marks(text):
+            notes.setdefault("an end mark inside a text", found[0][0])
+    weights = {message.get("loss_weight", 1) for message in row.get("messages", ())} - {0, 1}
+    if weights:
+        notes["a weight other than 0 and 1 counts as 1"] = f"{min(weights):g}"
+    for key, value in internal.get("unread", {}).items():
+        if not (isinstance(value, str) and any(value.strip() in text for text in texts)):
+            notes.setdefault(f"text under {shown(key)} is not used", "")
 
 
 def check_texts(texts):

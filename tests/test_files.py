@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data import files
+from data.clean import rows_of
 from errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -43,6 +44,7 @@ def pair(prompt, chosen, rejected):
     return {"prompt": prompt, "answers": [{"text": chosen, "score": 1.0}, {"text": rejected, "score": 0.0}]}
 
 
+ALPACA = "Below is an instruction that describes a task. Write a response."
 TALK = [u("hi"), a("yo")]
 HH = "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: more\n\nAssistant:"
 TWO = [u("hi"), a("yo"), u("more")]
@@ -86,6 +88,27 @@ SFT = [
     ("question/answer", {"system_prompt": "be kind", "question": "hi", "response": "yo"}, [s("be kind")] + TALK),
     ("question/answer", {"query": "more", "response": "end", "history": [["hi", "yo"]]}, TWO + [a("end")]),
     ("question/answer", {"subject": "greeting", "input": "hi", "output": "yo"}, TALK),
+    ("question/answer", {"question": "hi", "question_ctx": "there", "answer": "yo"}, [u("hi\n\nthere"), a("yo")]),
+    ("question/answer", {"question": "hi", "question_ctx": "[removed]", "answer": "yo"}, TALK),
+    ("question/answer", {"question": "say hi there", "input": "hi", "answer": "yo"}, [u("say hi there"), a("yo")]),
+    ("alpaca", {"instruction": "hi", "input": "<noinput>", "context": "", "output": "yo"}, TALK),
+    ("alpaca", {"instruction": "hi", "input": "", "context": "there", "output": "yo"}, [u("hi\n\nthere"), a("yo")]),
+    ("prompt/completion", {"prompt": "Be kind. ### Human: hi ### Assistant: yo ### Human: more ### Assistant:",
+                           "output": "end"}, [s("Be kind.")] + TWO + [a("end")]),
+    ("prompt/completion", {"prompt": "Shorten: ### Human: hi ### Assistant: yo", "output": "end"},
+     [u("Shorten: ### Human: hi ### Assistant: yo"), a("end")]),  # it asks for no answer, so it is about a transcript
+    ("prompt/completion", {"prompt": ALPACA + "\n\n### Instruction:\nhi\n\n### Response:", "answer": "yo"}, TALK),
+    ("prompt/completion", {"prompt": (ALPACA + "\n\n### Instruction:\nsay\n\n### Input:\nhi\n\n### Response:\n")
+                           .replace("\n", "\r\n"), "answer": "yo"}, [u("say\n\nhi"), a("yo")]),
+    ("prompt/completion", {"prompt": "### Instruction:\nhi\n\n### Input:\n\n### Response:", "answer": "yo"}, TALK),
+    ("transcript", {"text": ALPACA + "\n\n### Instruction:\nhi\n\n### Response:\nyo"}, TALK),
+    ("transcript", {"text": "### Human: hi### Assistant: ### Input: 1\n\nHuman: 2"},
+     [u("hi"), a("### Input: 1\n\nHuman: 2")]),  # another transcript's marks are the answer's own words
+    *[("prompt/completion", {"prompt": "hi", "completion": f"yo{end}"}, TALK)
+      for end in ("</s>", " </s>\n", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>", "###eos_token###")],
+    ("prompt/completion", {"prompt": "hi", "completion": "<s>yo</s>"}, [u("hi"), a("<s>yo</s>")]),  # HTML
+    ("transcript", {"text": "### Human: hi### Assistant: yo</s>### Human: more### Assistant: end</s>"},
+     TWO + [a("end")]),
     ("transcript", {"text": "### Human: hi### Assistant: yo"}, TALK),
     ("transcript", {"text": "Be kind.\n### Human: hi\n### Assistant:\nyo"}, [s("Be kind.")] + TALK),
     ("transcript", {"text": HH + "     end\n"}, TWO + [a("    end\n")]),  # one blank belongs to the marker
@@ -149,6 +172,8 @@ PROMPTS = [
     ("turns", {"question_id": 81, "category": "writing", "turns": ["hi", "more"]},
      {"prompt": [u("hi")], "follow_ups": ["more"], "category": "writing"}),
     ("messages", {"messages": TWO}, {"prompt": TWO}),
+    ("prompt", {"prompt": "Be kind.\n\nHuman: hi\n\nAssistant:"}, {"prompt": [s("Be kind."), u("hi")]}),
+    ("prompt", {"input": "hi"}, {"prompt": [u("hi")]}),
 ]
 
 
@@ -229,7 +254,7 @@ def test_a_label_with_other_values_is_a_class_and_no_verdict(tmp_path):
         rows, report = files.load(put(tmp_path, thumbs(labels)), "sft")
         assert [row["messages"][1]["content"] for row in rows] == [f"x{i}" for i in range(20)]
         assert report.dropped == {} and "20 kept (prompt/completion)" in str(report)
-        assert "look: 5 rows carry a label that is taken for a class" in str(report)
+        assert "look: a label is taken for a class of something, not for a bad answer (5 rows, first" in str(report)
 
 
 def test_one_odd_label_does_not_make_a_class_of_the_others(tmp_path):
@@ -237,6 +262,65 @@ def test_one_odd_label_does_not_make_a_class_of_the_others(tmp_path):
     kept, report = files.load(put(tmp_path, rows), "sft")
     assert report.dropped == {"labelled as a bad answer": (5, 2), "a label that is no verdict": (1, 13)}
     assert report.shapes == {"prompt/completion, judged": 7, "prompt/completion": 2} and len(kept) == 9
+
+
+SEED_TASK = {"id": "1", "instruction": "greet", "instances": [{"input": "Ann", "output": "hi Ann"},
+                                                              {"input": "", "output": "hi"}]}
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv"])
+def test_a_task_with_instances_gives_a_row_each(tmp_path, name):
+    talks = [[u("greet\n\nAnn"), a("hi Ann")], [u("greet"), a("hi")]]
+    path = put(tmp_path, [SEED_TASK], name)
+    if name == "x.csv":
+        path.write_text('instruction,instances\ngreet,"' + json.dumps(SEED_TASK["instances"]).replace('"', '""') + '"\n')
+    rows, report = files.load(path, "sft")
+    assert rows == [{"messages": talk} for talk in talks]
+    assert (report.read, report.used, report.kept) == (1, 1, 2) and report.notes == {}
+    assert [row["prompt"] for row in files.load(path, "prompts")[0]] == [talk[:1] for talk in talks]
+    for broken in ([], "x", [3], [{"output": ""}]):
+        assert files.load(put(tmp_path, [SEED_TASK, SEED_TASK | {"instances": broken}]), "sft")[1].used == 1
+    assert list(files.stream(put(tmp_path, [SEED_TASK]), lambda raw: rows_of(raw, ("sft",)), ""))[0][1] == rows
+
+
+def notes_on(tmp_path, row, want="sft"):
+    """What the report says of a file in which only the second of three rows is `row`."""
+    report = files.load(put(tmp_path, [GOOD[0], row, GOOD[0]] if want == "sft" else [row]), want)[1]
+    assert report.read == report.kept
+    return [line.strip() for line in str(report).split("\n")[1:]]
+
+
+def test_the_report_says_which_text_was_not_used(tmp_path):
+    row = {"question": "hi", "answer": "yo", "id": "1-2", "claims": ["It is so.", "It is."], "n": 3, "source": "a b",
+           "note": {"by": "a friend"}, "lang": "en", "label": 1, "input": "", "again": " hi", "empty": " ", "nul": None}
+    assert notes_on(tmp_path, row) == [f"look: text under {key!r} is not used (1 row, first: row 2)"
+                                       for key in ("claims", "note")]
+    row = {"prompt": "hi", "chosen": "yo", "rejected": "oh no", "input": "hi", "text": "a title"}
+    assert notes_on(tmp_path, row, "prompts") == ["look: text under 'text' is not used (1 row, first: row 1)"]
+    row = {"instruction": "hi", "instances": [{"input": "x", "output": "yo"}], "system": "be kind", "other": ["h i"]}
+    assert notes_on(tmp_path, row) == ["look: text under 'other' is not used (1 row, first: row 2)"]
+    assert notes_on(tmp_path, {"title": "of a page", "text": "yo"}, "text") == [
+        "look: text under 'title' is not used (1 row, first: row 1)"]
+
+
+def test_the_report_warns_of_placeholders_and_end_marks(tmp_path):
+    row = {"instruction": "hi", "output": "I am {{ name }} by {{author}}."}
+    assert notes_on(tmp_path, row) == ["look: a placeholder that nobody filled in (1 row, first: row 2, {{ name }})"]
+    for mark in ("</s>", "<|im_end|>", "<|endoftext|>", "###eos_token###"):
+        row = {"prompt": "hi", "completion": f"yo{mark} so"}
+        assert notes_on(tmp_path, row) == [f"look: an end mark inside a text (1 row, first: row 2, {mark})"]
+        row = {"prompt": "hi", "completion": f"yo{mark}"}
+        assert notes_on(tmp_path, row) == [f"look: an end mark behind an answer is taken off (1 row, first: row 2, {mark})"]
+    row = {"prompt": "hi", "chosen": "yo</s>", "rejected": "no</s>"}
+    assert files.load(put(tmp_path, [row]), "ranked")[0] == [pair([u("hi")], "yo", "no")]
+    assert notes_on(tmp_path, row, "ranked") == ["look: an end mark behind an answer is taken off (1 row, first: row 1, </s>)"]
+    text = {"text": "one<|endoftext|>two<|endoftext|>"}  # plain text is kept to the letter
+    assert load_one(tmp_path, text, "text")[0] == text
+    assert notes_on(tmp_path, text, "text") == [
+        "look: an end mark inside a text (1 row, first: row 1, <|endoftext|>)"]
+    assert notes_on(tmp_path, {"prompt": "A < B > C ## D", "completion": "{a: {b: {}}}"}) == []
+    talk = {"messages": [u("hi"), a("yo") | {"weight": 0.5}]}
+    assert notes_on(tmp_path, talk) == ["look: a weight other than 0 and 1 counts as 1 (1 row, first: row 2, 0.5)"]
 
 
 def node(name, role, text, rank=None, replies=(), **more):
@@ -299,6 +383,9 @@ BAD = [
     ("not an object with keys", "[1, 2]"),
     ("unknown keys", {"foo": 1}),
     ("empty answer", {"prompt": "hi", "completion": " \n"}),
+    ("empty answer", {"prompt": "hi", "completion": "</s>"}),
+    ("history is not a list of pairs", {"prompt": "hi", "completion": "yo", "history": "more"}),
+    ("input is not text", {"instruction": "hi", "input": 3, "output": "yo"}),
     ("empty message", {"prompt": "", "completion": "yo"}),
     ("a message is not text", {"messages": [u(3), a("yo")]}),
     ("a message is not text", {"messages": [u([{"type": "image_url"}]), a("yo")]}),
@@ -519,7 +606,7 @@ def damaged(rng, row):
 def test_fuzz_ends_in_counts_or_in_one_sentence(tmp_path, want):
     """10,000 damaged rows over the four forms, in small files (so that many end well) and of every shape."""
     rng = random.Random(1)
-    seeds = [row for _, row, _ in SFT + RANKED + PROMPTS] + [TREE, {"text": "plain"}] + list(flattened(TREE["prompt"]))
+    seeds = [row for _, row, _ in SFT + RANKED + PROMPTS] + [TREE, {"text": "plain"}, SEED_TASK] + list(flattened(TREE["prompt"]))
     ended_well = 0
     for i in range(50):
         lines = [damaged(rng, rng.choice(seeds)) for _ in range(50)]
