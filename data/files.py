@@ -16,6 +16,7 @@ import json
 import random
 import sys
 import zlib
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -156,24 +157,84 @@ def read_csv(path):
     csv.field_size_limit(LIMIT)
     with open_text(path, newline="") as stream:
         header = stream.readline(LIMIT)
-        comma = ";" if header.count(";") > header.count(",") else ","  # Excel writes ; in much of Europe
-        comma = "\t" if ending_of(path) == ".tsv" else comma
-        reader = csv.reader(itertools.chain([header], stream), delimiter=comma)
-        names = None
-        for number in itertools.count(0):  # row 0 is the header
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield number, BadRow("not valid CSV", str(error))
+    comma = "\t" if ending_of(path) == ".tsv" else max(",;\t", key=header.count)  # Excel writes ; in much of Europe
+    rows = records(path, comma, is_quoted(path, comma))
+    names = next(rows, [])
+    if isinstance(names, BadRow):
+        raise UserError(f"{path}: its first line names no columns ({names.detail}): mend it.")
+    names = [name.strip().lower().replace(" ", "_") for name in names]
+    for number, cells in enumerate(rows, 1):
+        bad = isinstance(cells, BadRow)
+        yield number, cells if bad else {name: cell_value(name, cell) for name, cell in zip(names, cells)}
+
+
+def is_quoted(path, comma):
+    """Does a cell in quotes hold what is between them, or are they its own? Whichever leaves fewer lines unread."""
+    bad = lambda quoted: sum(isinstance(cells, BadRow) for cells in records(path, comma, quoted))
+    return not (unread := bad(True)) or unread <= bad(False)
+
+
+def records(path, comma, quoted):
+    """The cells of each record, as many as in the first, the header; a BadRow for each line that belongs to none.
+
+    quoted: a cell in quotes may hold commas, line breaks and doubled quotes. It ends at the latest at the next line with
+    an odd number of quotes. Where that makes no record, the line stands alone if those up to there are records by
+    themselves; or else all are bad, as they may be what a cell held.
+    """
+    width, ahead = None, deque()  # ahead: lines that were read in search of the end of a cell
+
+    def split(text):
+        cells = split_line(text, comma, quoted)
+        if isinstance(cells, list) and len(cells) != (width or len(cells)):
+            return BadRow("wrong number of columns", f"{len(cells)} where the header has {width}")
+        return cells
+
+    with open_text(path, newline="") as stream:
+        while line := ahead.popleft() if ahead else stream.readline():
+            if not line.strip("\r\n"):
                 continue
-            if names is None:
-                names = [name.strip().lower().replace(" ", "_") for name in cells]
-            elif len(cells) == len(names):
-                yield number, {name: cell_value(name, cell) for name, cell in zip(names, cells)}
-            elif cells:
-                yield number, BadRow("wrong number of columns", f"{len(cells)} where the header has {len(names)}")
+            cells, more = split(line), 0
+            if isinstance(cells, BadRow) and quoted and line.count('"') % 2:
+                more = lines_to_quote(ahead, stream)
+                between = list(itertools.islice(ahead, more))
+                joined = split(line + "".join(between))
+                if isinstance(joined, list):
+                    cells = joined
+                else:
+                    others = [split(other) for other in between if other.strip("\r\n") and not other.count('"') % 2]
+                    more = 0 if others and all(isinstance(other, list) for other in others) else more
+            for _ in range(more):
+                other = ahead.popleft()
+                if isinstance(cells, BadRow) and other.strip("\r\n"):
+                    yield cells
+            width = width or len(cells)
+            yield cells
+
+
+def split_line(text, comma, quoted):
+    """-> cells, or a BadRow."""
+    if not (quoted and '"' in text):
+        return text.rstrip("\r\n").split(comma)
+    try:
+        return next(csv.reader([text], delimiter=comma, strict=True))
+    except csv.Error as error:
+        return BadRow("not valid CSV", str(error))
+
+
+def lines_to_quote(ahead, stream):
+    """How many lines of `ahead`, which is filled from the stream, end with one that has an odd number of quotes, or with
+    the file, or with LIMIT."""
+    def read_on():
+        for line in stream:
+            ahead.append(line)
+            yield line
+
+    number = size = 0
+    for number, line in enumerate(itertools.chain(ahead, read_on()), 1):
+        size += len(line)
+        if line.count('"') % 2 or size > LIMIT:
+            break
+    return number
 
 
 def cell_value(name, cell):
@@ -214,6 +275,7 @@ CURES = {
     "unknown keys": "rename the keys to one of the shapes " + ", ".join(shape.name for shape in SHAPES),
     "not UTF-8, or half of a surrogate pair": "save the file as UTF-8",
     "NUL byte": "save the file as UTF-8, without NUL bytes",
+    "not valid CSV": "double the quotes inside of a cell in quotes",
     "not valid JSON": "write one JSON object per line",
     "line over 10 MB": "write one example per line",
     "a tool's turn": "tool use is not supported, so remove those conversations",

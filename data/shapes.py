@@ -296,6 +296,7 @@ def from_instances(row):
 def verdict(row):
     """What a row says of its answer: "good", "bad", "odd" where its label says neither, None where it has none."""
     words = {str(row[key]).strip().lower().removesuffix(".0") for key in row.keys() & VERDICT_KEYS}
+    words -= {"", "nan"}  # an empty cell
     if not words or row.keys() & CHOICE_KEYS:
         return None
     return "bad" if words & {"false", "0", "-1"} else "good" if words & {"true", "1"} else "odd"

@@ -507,6 +507,56 @@ def test_csv_rows_of_the_wrong_width_and_line_breaks_in_cells(tmp_path):
     assert report.dropped == {"wrong number of columns": (2, 2)}
 
 
+def pairs_in(tmp_path, name, text):
+    """A CSV's rows as (question, answer), and the report."""
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    rows, report = files.load(path, "sft")
+    assert report.read == report.used + sum(count for count, _ in report.dropped.values())
+    return [tuple(message["content"] for message in row["messages"]) for row in rows], report
+
+
+def test_an_unquoted_tsv_keeps_its_quotes(tmp_path):
+    cells = [("a", "b"), ('"Yes," he said.', "ok"), ("c", 'd "e"'), ('"open', "f"), ("g", '"h'), ('"i"', "j")]
+    text = "\r\n".join(map("\t".join, [("prompt", "completion"), *cells]))
+    rows, report = pairs_in(tmp_path, "x.tsv", text)
+    assert rows == cells and (report.read, report.dropped) == (6, {})
+    assert pairs_in(tmp_path, "y.csv", text)[0] == cells  # commas and tabs are seen in the header
+    assert pairs_in(tmp_path, "x.csv", text.replace("\t", ";"))[0] == cells
+
+
+def test_a_quoted_tsv_is_one(tmp_path):
+    text = '"prompt"\t"completion"\n"a\tb"\t"c\n""d"""\n\n"e"\t"f\n\n\tg"\nh\t5"\n'
+    rows = [("a\tb", 'c\n"d"'), ("e", "f\n\n\tg"), ("h", '5"')]
+    assert pairs_in(tmp_path, "x.tsv", text)[0] == rows
+    assert pairs_in(tmp_path, "x.csv", text.replace("\t", ","))[0] == [tuple(c.replace("\t", ",") for c in r) for r in rows]
+    assert pairs_in(tmp_path, "x.csv", text.replace("\n", "\r\n").replace("\t", ","))[1].dropped == {}
+
+
+def test_a_quote_that_does_not_close_swallows_nothing_unsaid(tmp_path):
+    good = [(f"a, {i}", f'b "{i}"') for i in range(20)]
+    lines = [",".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in good]
+    for place in (0, 7, 20):  # a stray quote costs its own line, wherever the next quote stands
+        text = "\n".join(["prompt,completion", *lines[:place], '"stray,x', "u,v", "w,x", *lines[place:]])
+        rows, report = pairs_in(tmp_path, "x.csv", text)
+        assert rows == good[:place] + [("u", "v"), ("w", "x")] + good[place:]
+        assert report.read == 23 and report.dropped == {"not valid CSV": (1, place + 1)}
+    text = "\n".join(["prompt,completion", *lines, '"a cell that', "never, ends", "here,x", "so"])
+    rows, report = pairs_in(tmp_path, "x.csv", text)  # its lines are no rows
+    assert rows == good and report.read == 24 and report.dropped == {"not valid CSV": (4, 21)}
+    text = "\n".join(["prompt,completion", *lines, '"a" b,"c', 'd" e,"f"', *lines])
+    assert pairs_in(tmp_path, "x.csv", text)[1].dropped == {"not valid CSV": (2, 21)}
+    with pytest.raises(UserError, match="2 of its 3 rows are bad; most often: not valid CSV .2, first: row 2.*double"):
+        pairs_in(tmp_path, "x.csv", 'prompt,completion\n"a, b","c"\n"d, d" d,"e"\n"f, f" f,"g"\n')
+
+
+def test_cells_hold_what_they_hold(tmp_path):
+    text = "prompt,completion,label,weight,note\nhi,yo,1,0,\nmore,end,0,,\n ,x,1,,\nhi,there,,1,a b\n"
+    rows, report = pairs_in(tmp_path, "x.csv", text)
+    assert rows == [("hi", "yo"), ("hi", "there")]
+    assert report.dropped == {"labelled as a bad answer": (1, 2), "empty message": (1, 3)}
+
+
 def test_a_line_that_is_too_long_costs_one_row(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LIMIT", 1000)
     rows = [{"prompt": "hi", "completion": "x" * n} for n in (5, 3000, 5)]
