@@ -169,17 +169,13 @@ class RankedConfig(TrainConfig):
 def load_ranked(config, say):
     """-> rows {"prompt", "answers": [{"text", "score"}]} to train on, held-out rows, and the island where it made them.
 
-    Rows of your file that open with the same words are held out together: one question may come in many pairs.
-
     Half of the island's held-out rows are new votes on what training votes were about ("known"), half are about
     residents, strangers and requests that no conversation and no vote has mentioned before ("new").
     """
     if config.data:
         rows, report = files.load(config.data, "ranked", config.merge_system, score=config.aspect)
         say(report)
-        opening = lambda row: next(m["content"] for m in row["prompt"] if m["role"] == "user")
-        held = set(files.hold_out(list(dict.fromkeys(map(opening, rows))), seed=config.seed)[1])
-        return [row for row in rows if opening(row) not in held], [row for row in rows if opening(row) in held], None
+        return *files.hold_out(rows, seed=config.seed, say=say), None
     if config.aspect not in ("score", *ASPECTS):
         raise UserError(f"--aspect {config.aspect}: the island's answers have score (the votes), {', '.join(ASPECTS)}")
     island, votes = Island(), dict(flattery=config.flattery, noise=config.noise)

@@ -465,14 +465,39 @@ def check(report, needs, path):
     raise UserError(f"{path}: {much}; most often: {reason} ({count:,}, first: row {first:,}{detail}); {cure}.")
 
 
-def hold_out(rows, share=0.1, seed=0, at_least=1, at_most=500):
-    """rows -> (train, held): held has round(share * len(rows)) of them, within [at_least, at_most], drawn by `seed`;
-    both keep the order of `rows`. Raises UserError where nothing would be left to train on."""
+def hold_out(rows, share=0.1, seed=0, at_least=1, at_most=500, say=lambda line: None):
+    """rows -> (train, held), both in the order of `rows`. What shares its first question or its text with others is held
+    out with them or not at all, as nothing is measured by what was trained on.
+
+    held has round(share * len(rows)) rows, within [at_least, at_most], or somewhat fewer: groups are drawn by `seed`, and
+    one that is too large for what is left to draw stays in training. Where all are too large, held is the smallest.
+    say: told of rows that share. Raises UserError where nothing could be held out, or nothing would be left to train on.
+    """
     count = min(max(round(share * len(rows)), at_least), at_most)
-    if count >= len(rows):
-        raise UserError(f"{len(rows)} rows are too few to hold {count} out for evaluation: add rows.")
-    held = set(random.Random(seed).sample(range(len(rows)), count))
+    if count and count >= len(rows):
+        raise UserError(f"{len(rows)} row{'s are' if len(rows) != 1 else ' is'} too few to hold {count} out for "
+                        "evaluation: add rows.")
+    groups = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(subject(row), []).append(i)
+    if count and len(groups) < 2:
+        raise UserError(f"all {len(rows):,} rows share one question or text, so none can be held out for evaluation: "
+                        "add rows that ask something else.")
+    groups, held = random.Random(seed).sample(list(groups.values()), len(groups)), []
+    for group in groups:
+        held += group if len(held) + len(group) <= count else []
+    held = set(held or min(groups, key=len) if count else [])
+    shared = sum(len(group) for group in groups if len(group) > 1)
+    if shared:
+        say(f"{shared:,} of {len(rows):,} rows share their question or text with others: {len(held):,} rows of "
+            f"{sum(group[0] in held for group in groups):,} groups are held out")
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
+def subject(row):
+    """What a row is about, as a number: its text, or its first question, in any case and with any white space."""
+    asked = (message["content"] for message in row.get("messages", row.get("prompt", ())) if message["role"] == "user")
+    return hash(" ".join(row.get("text", next(asked, "")).casefold().split()))
 
 
 def main():

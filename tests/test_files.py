@@ -3,12 +3,17 @@ import copy
 import gzip
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
 
+import model
+import reward
+import sft
 from data import files
 from data.clean import rows_of
+from data.tokenizer import get_tokenizer
 from errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -613,16 +618,67 @@ def test_a_directory_and_no_permission(tmp_path, monkeypatch):
 
 
 def test_hold_out_is_seeded_disjoint_and_keeps_the_order():
-    rows = [{"id": i} for i in range(1000)]
+    rows, number = [{"text": str(i)} for i in range(1000)], lambda row: int(row["text"])
     train, held = files.hold_out(rows, 0.1, seed=3)
-    assert len(held) == 100 and sorted(train + held, key=lambda row: row["id"]) == rows
-    assert all(part == sorted(part, key=lambda row: row["id"]) for part in (train, held))
+    assert len(held) == 100 and sorted(train + held, key=number) == rows
+    assert all(part == sorted(part, key=number) for part in (train, held))
     assert files.hold_out(rows, 0.1, seed=3) == (train, held) != files.hold_out(rows, 0.1, seed=4)
-    assert [row["id"] for row in held[:4]] == [13, 15, 29, 31]  # the same in every process
+    assert [number(row) for row in held[:4]] == [13, 15, 29, 31]  # the same in every process
     assert len(files.hold_out(rows, 0.9)[1]) == 500 and len(files.hold_out(rows[:3], 0.1)[1]) == 1
     assert files.hold_out(rows, 0, at_least=0) == (rows, [])
-    with pytest.raises(UserError, match="too few"):
+    with pytest.raises(UserError, match="^1 row is too few to hold 1 out"):
         files.hold_out(rows[:1])
+    with pytest.raises(UserError, match="^3 rows are too few to hold 3 out"):
+        files.hold_out(rows[:3], at_least=3)
+
+
+@pytest.mark.parametrize("row", [
+    lambda i: {"messages": [s("be kind"), u(f"q{i // 4}"), a(f"x{i}")]},
+    lambda i: {"messages": [u(("Q%d ", "q%d\n")[i % 2] % (i // 4)), a("yo"), u(f"more{i}"), a("end")]},
+    lambda i: {"prompt": [u(f"q{i // 4}")], "answers": [{"text": f"x{i}", "score": 1.0}, {"text": "no", "score": 0.0}]},
+    lambda i: {"prompt": [s(f"{i}"), u(f"q{i // 4}")]},
+    lambda i: {"text": f"q{i // 4}"}])
+def test_rows_that_ask_the_same_are_held_out_together(row):
+    rows, said = [row(i) | {"id": i} for i in range(80)], []
+    for seed in range(9):
+        train, held = files.hold_out(rows, seed=seed, say=said.append)
+        ids = {r["id"] for r in held}
+        assert len(held) == 8 and len(train) == 72 and ids == {4 * (i // 4) + k for i in ids for k in range(4)}
+    assert said == ["80 of 80 rows share their question or text with others: 8 rows of 2 groups are held out"] * 9
+    with pytest.raises(UserError, match="^all 4 rows share one question or text, so none can be held out.*add rows that"):
+        files.hold_out(rows[:4])
+
+
+def test_a_large_group_stays_in_training_and_the_share_is_met_by_others():
+    rows = [{"text": str(max(i, 900))} for i in range(1000)]  # 901 rows are the same
+    said = []
+    for seed in range(9):
+        train, held = files.hold_out(rows, 0.05, seed=seed, say=said.append)
+        assert len(held) == 50 and {row["text"] for row in held} < {str(i) for i in range(901, 1000)}
+    assert said[0].startswith("901 of 1,000 rows share")
+    train, held = files.hold_out([{"text": "a"}] * 50 + [{"text": "b"}] * 30)  # none fits: the smaller one, whole
+    assert held == [{"text": "b"}] * 30 and train == [{"text": "a"}] * 50
+
+
+def test_every_stage_holds_out_by_question_and_text(tmp_path):
+    numbers, said, tok = [i // 10 for i in range(200)], [], get_tokenizer("tiny")
+    path = put(tmp_path, [{"prompt": f"q{i}", "chosen": "yo", "rejected": "no"} for i in numbers])
+    asked = lambda rows: {message["content"] for row in rows for message in row.get("messages", row.get("prompt"))[:1]}
+    for load, config in ((sft.load_data, sft.Config), (reward.load_ranked, reward.Config)):
+        train, held, _ = load(config(data=str(path)), said.append)
+        assert len(held) == 20 and len(asked(held)) == 2 and not asked(train) & asked(held)
+        assert "200 of 200 rows share their question" in said[-1]
+    path = put(tmp_path, [{"text": f"{i} trees"} for i in numbers])
+    train, held = (set(tok.decode(ids.tolist()).split()) for ids in
+                   model.load_text(model.Config(data=str(path)), tok))
+    assert len(held) == 2 + 1 and train & held == {"trees"}
+
+
+def test_holding_out_takes_time_in_proportion_to_the_rows():
+    rows = [{"messages": [u(f"q{i % 70_000}"), a("yo")]} for i in range(100_000)]
+    began = time.process_time()
+    train, held = files.hold_out(rows)
+    assert len(held) == 500 and len(train) == 99_500 and time.process_time() - began < 5
 
 
 def damaged(rng, row):
