@@ -227,7 +227,7 @@ def cleaned_row(row, report, args, scores):
 
 
 def rows_of(raw, wants):
-    """A raw row -> rows in the first form of `wants` (shapes.py) that it has; a tree or a task gives several. Raises BadRow."""
+    """A raw row -> rows in the first form of `wants` (shapes.py) that it has; a tree gives several. Raises BadRow."""
     for want in wants:
         try:
             shape, internal = recognise(raw, want)

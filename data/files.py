@@ -8,7 +8,6 @@ rows may look like, and the four forms that are made of them, stands in shapes.p
 """
 import argparse
 import codecs
-import csv
 import gzip
 import io
 import itertools
@@ -16,19 +15,15 @@ import json
 import random
 import sys
 import zlib
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":  # started as a script, Python looks for modules in data/ only
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.shapes import FORMS, NEEDS, SHAPES, BadRow, WrongForm, finished, parts, plant, recognise, shown
+from data import cells
+from data.cells import LIMIT
+from data.shapes import BAD_ANSWER, FORMS, NEEDS, SHAPES, BadRow, WrongForm, finished, parts, plant, recognise, shown
 from errors import UserError, end_politely
-
-LIMIT = 10_000_000  # bytes in a line or in a CSV cell: more is a broken file, not an example
-LISTS_IN_CELLS = ("messages", "conversations", "conversation", "answers", "completions", "responses", "turns",
-                  "history", "info", "summaries", "data", "choices", "endings", "mc1_targets", "mc2_targets",
-                  "instances")
 
 
 # ---- files: every ending becomes (row number, raw row or BadRow) ----
@@ -153,97 +148,7 @@ def unwrapped(whole):
 
 
 def read_csv(path):
-    """The header names the keys, in any case ("Best Answer" is best_answer). A cell may hold a list as JSON."""
-    csv.field_size_limit(LIMIT)
-    with open_text(path, newline="") as stream:
-        header = stream.readline(LIMIT)
-    comma = "\t" if ending_of(path) == ".tsv" else max(",;\t", key=header.count)  # Excel writes ; in much of Europe
-    rows = records(path, comma, is_quoted(path, comma))
-    names = next(rows, [])
-    if isinstance(names, BadRow):
-        raise UserError(f"{path}: its first line names no columns ({names.detail}): mend it.")
-    names = [name.strip().lower().replace(" ", "_") for name in names]
-    for number, cells in enumerate(rows, 1):
-        bad = isinstance(cells, BadRow)
-        yield number, cells if bad else {name: cell_value(name, cell) for name, cell in zip(names, cells)}
-
-
-def is_quoted(path, comma):
-    """Does a cell in quotes hold what is between them, or are they its own? Whichever leaves fewer lines unread."""
-    bad = lambda quoted: sum(isinstance(cells, BadRow) for cells in records(path, comma, quoted))
-    return not (unread := bad(True)) or unread <= bad(False)
-
-
-def records(path, comma, quoted):
-    """The cells of each record, as many as in the first, the header; a BadRow for each line that belongs to none.
-
-    quoted: a cell in quotes may hold commas, line breaks and doubled quotes. It ends at the latest at the next line with
-    an odd number of quotes. Where that makes no record, the line stands alone if those up to there are records by
-    themselves; or else all are bad, as they may be what a cell held.
-    """
-    width, ahead = None, deque()  # ahead: lines that were read in search of the end of a cell
-
-    def split(text):
-        cells = split_line(text, comma, quoted)
-        if isinstance(cells, list) and len(cells) != (width or len(cells)):
-            return BadRow("wrong number of columns", f"{len(cells)} where the header has {width}")
-        return cells
-
-    with open_text(path, newline="") as stream:
-        while line := ahead.popleft() if ahead else stream.readline():
-            if not line.strip("\r\n"):
-                continue
-            cells, more = split(line), 0
-            if isinstance(cells, BadRow) and quoted and line.count('"') % 2:
-                more = lines_to_quote(ahead, stream)
-                between = list(itertools.islice(ahead, more))
-                joined = split(line + "".join(between))
-                if isinstance(joined, list):
-                    cells = joined
-                else:
-                    others = [split(other) for other in between if other.strip("\r\n") and not other.count('"') % 2]
-                    more = 0 if others and all(isinstance(other, list) for other in others) else more
-            for _ in range(more):
-                other = ahead.popleft()
-                if isinstance(cells, BadRow) and other.strip("\r\n"):
-                    yield cells
-            width = width or len(cells)
-            yield cells
-
-
-def split_line(text, comma, quoted):
-    """-> cells, or a BadRow."""
-    if not (quoted and '"' in text):
-        return text.rstrip("\r\n").split(comma)
-    try:
-        return next(csv.reader([text], delimiter=comma, strict=True))
-    except csv.Error as error:
-        return BadRow("not valid CSV", str(error))
-
-
-def lines_to_quote(ahead, stream):
-    """How many lines of `ahead`, which is filled from the stream, end with one that has an odd number of quotes, or with
-    the file, or with LIMIT."""
-    def read_on():
-        for line in stream:
-            ahead.append(line)
-            yield line
-
-    number = size = 0
-    for number, line in enumerate(itertools.chain(ahead, read_on()), 1):
-        size += len(line)
-        if line.count('"') % 2 or size > LIMIT:
-            break
-    return number
-
-
-def cell_value(name, cell):
-    if name in LISTS_IN_CELLS and cell[:1] in ("[", "{"):
-        try:
-            return json.loads(cell)
-        except (ValueError, RecursionError):
-            pass  # the row's own check says what is wrong with it
-    return cell
+    return cells.read(path, open_text, tabs=ending_of(path) == ".tsv")
 
 
 def read_txt(path):
@@ -270,8 +175,10 @@ def read_parquet(path):
 # ---- what others call ----
 
 # no fault of the file's, so these do not count towards "more than half are bad"
-FINE = ("fewer than two answers", "labelled as a bad answer", "a tree without the wanted form")
+FINE = ("fewer than two answers", BAD_ANSWER, "a tree without the wanted form")
 CURES = {
+    BAD_ANSWER: "rename the key if it does not judge the answer",
+    "a label that is no verdict": "use true and false, or rename the key if it does not judge the answer",
     "unknown keys": "rename the keys to one of the shapes " + ", ".join(shape.name for shape in SHAPES),
     "not UTF-8, or half of a surrogate pair": "save the file as UTF-8",
     "NUL byte": "save the file as UTF-8, without NUL bytes",
@@ -376,17 +283,16 @@ def made_of(internal, raw, want, merge_system, score):
 
 def judged(found, want, report):
     """[(row numbers, shape, label, rows made of them, notes), ...] -> the rows; for SFT without those whose label says
-    that the answer is bad. Where a tenth of the labels or more say neither good nor bad, they are classes of something."""
+    that the answer is bad. Where a tenth of the labels or more say neither, numbers are classes of something else."""
     labels = [label for _, _, label, *_ in found if label]
-    judges = want == "sft" and labels.count("odd") * 10 < len(labels)
-    rows = []
+    judges, rows = labels.count("odd") * 10 < len(labels), []
     for numbers, shape, label, made, notes in found:
-        if judges and label in ("bad", "odd"):
-            report.drop(BadRow("labelled as a bad answer" if label == "bad" else "a label that is no verdict"), *numbers)
+        if want == "sft" and (label == "bad" or judges and label in ("zero", "odd")):
+            report.drop(BadRow("a label that is no verdict" if label == "odd" else BAD_ANSWER), *numbers)
             continue
         rows += made
-        report.keep(f"{shape}, judged" if judges and label else shape, len(made), len(numbers))
-        if want == "sft" and label == "bad":
+        report.keep(f"{shape}, judged" if judges and label and want == "sft" else shape, len(made), len(numbers))
+        if want == "sft" and label == "zero":
             notes["a label is taken for a class of something, not for a bad answer"] = ""
         for what, example in notes.items():
             report.note(what, numbers[0], example)
@@ -466,12 +372,12 @@ def check(report, needs, path):
 
 
 def hold_out(rows, share=0.1, seed=0, at_least=1, at_most=500, say=lambda line: None):
-    """rows -> (train, held), both in the order of `rows`. What shares its first question or its text with others is held
-    out with them or not at all, as nothing is measured by what was trained on.
+    """rows -> (train, held), both in the order of `rows`. Rows that share their first question, or their text, are held
+    out together or not at all: nothing is measured by what was trained on.
 
-    held has round(share * len(rows)) rows, within [at_least, at_most], or somewhat fewer: groups are drawn by `seed`, and
-    one that is too large for what is left to draw stays in training. Where all are too large, held is the smallest.
-    say: told of rows that share. Raises UserError where nothing could be held out, or nothing would be left to train on.
+    held has round(share * len(rows)) rows, within [at_least, at_most], or somewhat fewer: groups are drawn by `seed`,
+    and one with more rows than are still wanted stays in training. Where all have more, held is the smallest group.
+    say: told how many rows share. Raises UserError where nothing could be held out, or nothing be left to train on.
     """
     count = min(max(round(share * len(rows)), at_least), at_most)
     if count and count >= len(rows):

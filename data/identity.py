@@ -25,11 +25,11 @@ if __name__ == "__main__":  # started as a script, Python looks for modules in d
 
 from data import files
 from data.report import writing
+from data.shapes import PLACEHOLDER
 from errors import UserError
 from flags import parse
 
 SYSTEM = "You are {{name}}, an AI assistant made by {{author}}. You are a language model, not a person."
-PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
 ROWS = [  # ways to ask, ways to answer
     (["Who are you?", "Tell me who you are.", "Can you introduce yourself?", "hi, who am i talking to?"],

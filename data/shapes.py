@@ -12,9 +12,9 @@ Conversions: ranked -> sft takes the best answer (the first of equals), sft -> p
 chosen/rejected pair is ranked with scores 1 and 0.
 
 What is changed in a user's text, and nothing else: consecutive turns of one role are joined with a blank line, an
-empty system prompt is left out, a question and its input are joined with a blank line (not "[removed]"), end marks
-behind an answer ("</s>") go, and in transcripts ("Human: ... Assistant: ...", or Alpaca's template) the markers go, with
-the white space that set them off. null is the same as absent. What should be looked at is noted on the internal row.
+empty system prompt is left out, a question and its input are joined with a blank line, end marks behind an answer
+("</s>") go, and in transcripts ("Human: ... Assistant: ...", or Alpaca's template) the markers go, with the white space
+that set them off. null is the same as absent. What a user should look at is noted on the internal row.
 """
 import itertools
 import math
@@ -34,12 +34,14 @@ WEIGHT_KEYS = ("loss_weight", "weight", "train")                  # in an assist
 KEPT_KEYS = ("kind", "category", "source")                        # strings that tables are grouped by
 INPUT_KEYS = ("input", "context", "question_ctx", "selftext")     # beside a question: what it is about
 NOTHING = ("", "[removed]", "[deleted]", "<noinput>")             # what stands there where it is about nothing
-MARKERS = [re.compile(r"(?:\A|\r?\n\r?\n)(Human|Assistant): ?"),  # families: a transcript keeps to one
-           re.compile(r"### ?(Human|User|Assistant): ?(?:\r?\n)?"),
-           re.compile(r"### ?(Instruction|Input|Response): ?(?:\r?\n)?")]
+MARKERS = [re.compile(mark) for mark in (                         # families: a transcript keeps to one
+    r"(?:\A|\r?\n\r?\n)(?:(?P<user>Human)|(?P<assistant>Assistant)): ?",
+    r"### ?(?:(?P<user>Human|User)|(?P<assistant>Assistant)): ?(?:\r?\n)?",
+    r"### ?(?:(?P<user>Instruction|Input)|(?P<assistant>Response)): ?(?:\r?\n)?")]
 ALPACA = "Below is an instruction that describes a task"          # its template begins so
-END_MARK = re.compile(r"</s>|<eos>|<end_of_turn>|<\|\w{0,20}(?:end|eot|eos)\w{0,20}\|>|###\w{0,20}(?:eos|EOS)\w{0,20}###")
-WORDS = re.compile(r"[^\W\d_][^\w\s]?\s+[^\w\s]?[^\W\d_]")      # two of them
+END_MARK = re.compile(r"</s>|<eos>|<end_of_turn>|<\|\w{0,20}(?:end|eot|eos)\w{0,20}\|>|###(?:eos|EOS)\w{0,20}###")
+WORDS = re.compile(r"[^\W\d_][^\w\s]?\s+[^\w\s]?[^\W\d_]")        # two of them
+BAD_ANSWER = "labelled as a bad answer"
 PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
 
@@ -136,10 +138,6 @@ def marks(text):
     return min((found for found in families if found), key=lambda found: found[0].start(), default=[])
 
 
-def speaker(mark):
-    return {"instruction": "user", "input": "user", "response": "assistant", **ROLES}[mark[1].lower()]
-
-
 def split_transcript(text):
     """Human: ... Assistant: ..., ### Human: ... ### Assistant: ..., or Alpaca's template -> messages. Words before are
     the system's, but for the template's own."""
@@ -150,14 +148,14 @@ def split_transcript(text):
     for mark, end in zip(found, ends):
         said = text[mark.end():end]
         said = said if mark is found[-1] else said.rstrip()
-        if mark[1] != "Input" or said.strip() not in NOTHING:
-            messages.append(says(speaker(mark), said))
+        if mark["user"] != "Input" or said.strip() not in NOTHING:
+            messages.append(says(mark.lastgroup, said))
     return messages
 
 
 def is_transcript(text):
     """True where the first marker is the human's and the assistant has one too."""
-    speakers = [speaker(mark) for mark in marks(text)]
+    speakers = [mark.lastgroup for mark in marks(text)]
     return speakers[:1] == ["user"] and "assistant" in speakers
 
 
@@ -202,10 +200,6 @@ def question(row, *keys):
 
 # ---- one function a family of shapes: a raw row -> an internal row ----
 
-def from_messages(row):
-    return {"messages": with_system(row, as_turns(as_list(row, "messages"), "user"))}
-
-
 def from_conversation(row):
     """ShareGPT: dicts. LIMA: strings, the user first."""
     turns = as_list(row, "conversations" if "conversations" in row else "conversation")
@@ -213,13 +207,9 @@ def from_conversation(row):
     return {"messages": with_system(row, alternating(turns, "conversations") if lima else as_turns(turns, "user"))}
 
 
-def from_ultrachat(row):
-    return {"messages": alternating(row["data"], "data")}
-
-
 def from_pair(row):
     """chosen and rejected: the answers beside a prompt, or whole conversations that share all but their last turn."""
-    explicit = any(key in row for key in (*QUESTION_KEYS, "conversations", "messages"))
+    explicit = has_any(row, (*QUESTION_KEYS, "conversations", "messages"))
     sides = [split_transcript(side) if not explicit and is_transcript(side) else as_turns(side, "assistant")
              for side in (row["chosen"], row["rejected"])]
     if not all(sides):
@@ -235,11 +225,6 @@ def from_pair(row):
         raise BadRow("chosen and rejected differ before their last answer")
     answers = [{"text": side[0]["content"], "scores": {"score": score}} for side, score in zip(sides, (1, 0))]
     return {"prompt": prompt, "answers": answers}
-
-
-def from_eli5(row):
-    """The user asks the title and, after a blank line, the selftext."""
-    return {"prompt": as_turns(with_input(row, "title"), "user"), "answers": scored(row["answers"], "answers")}
 
 
 def from_answers(row):
@@ -294,30 +279,20 @@ def from_instances(row):
 
 
 def verdict(row):
-    """What a row says of its answer: "good", "bad", "odd" where its label says neither, None where it has none."""
+    """What a row says of its answer: "good", "bad", "zero" (bad, where the file's labels are no classes), "odd" where it
+    is something else, None where it says nothing."""
     words = {str(row[key]).strip().lower().removesuffix(".0") for key in row.keys() & VERDICT_KEYS}
     words -= {"", "nan"}  # an empty cell
     if not words or row.keys() & CHOICE_KEYS:
         return None
-    return "bad" if words & {"false", "0", "-1"} else "good" if words & {"true", "1"} else "odd"
-
-
-def from_transcript(row):
-    return {"messages": split_transcript(row["text"])}
-
-
-def from_text(row):
-    return {"text": as_text(row["text"], "text")}
+    kinds = {"bad": {"false"}, "zero": {"0", "-1"}, "good": {"true", "1"}}
+    return next((kind for kind, said in kinds.items() if words & said), "odd")
 
 
 def from_turns(row):
     """MT-bench: the first turn is the prompt, the others are kept as `follow_ups`."""
     turns = [as_text(turn, "turns") for turn in as_list(row, "turns")]
     return {"prompt": with_system(row, as_turns(turns[0], "user")), "follow_ups": turns[1:]}
-
-
-def from_question(row):
-    return {"prompt": question(row)}
 
 
 def as_list(row, key):
@@ -333,10 +308,6 @@ def shown(value):
 
 
 # ---- OpenAssistant: trees of messages, whole or as one flat row a message ----
-
-def from_tree(row):
-    return {"tree": row["prompt"]}
-
 
 def best_thread(root):
     """The root and, from there on, the best-ranked reply to everything, up to the assistant's last word."""
@@ -426,8 +397,8 @@ def has(row, *keys):
     return all(key in row for key in keys)
 
 
-def has_reply(row):
-    return any(key in row for key in REPLY_KEYS)
+def has_any(row, keys):
+    return any(key in row for key in keys)
 
 
 def talks(row, *keys):
@@ -439,34 +410,36 @@ def talks(row, *keys):
 
 
 def several(row):
-    return has_question(row) and any(isinstance(row.get(key), (list, dict)) for key in LIST_KEYS)
-
-
-def has_question(row):
-    return any(key in row for key in QUESTION_KEYS)
+    return has_any(row, QUESTION_KEYS) and any(isinstance(row.get(key), (list, dict)) for key in LIST_KEYS)
 
 
 SFT, RANKED = ("sft", "prompts"), ("ranked", "sft", "prompts")
 SHAPES = [
-    Shape("messages", lambda row: talks(row, "messages"), from_messages, SFT),
+    Shape("messages", lambda row: talks(row, "messages"),
+          lambda row: {"messages": with_system(row, as_turns(as_list(row, "messages"), "user"))}, SFT),
     Shape("conversations", lambda row: talks(row, "conversations", "conversation"), from_conversation, SFT),
-    Shape("UltraChat", lambda row: has(row, "id") and isinstance(row.get("data"), list), from_ultrachat, SFT),
+    Shape("UltraChat", lambda row: has(row, "id") and isinstance(row.get("data"), list),
+          lambda row: {"messages": alternating(row["data"], "data")}, SFT),
     Shape("chosen/rejected", lambda row: has(row, "chosen", "rejected"), from_pair, RANKED),
     Shape("ELI5", lambda row: has(row, "title") and isinstance(row.get("answers"), dict) and "score" in row["answers"],
-          from_eli5, RANKED),
+          lambda row: {"prompt": [says("user", with_input(row, "title"))],
+                       "answers": scored(row["answers"], "answers")}, RANKED),
     Shape("prompt/answers", several, from_answers, RANKED),
     Shape("OASST tree", lambda row: isinstance(row.get("prompt"), dict) and "replies" in row["prompt"],
-          from_tree, RANKED),
+          lambda row: {"tree": row["prompt"]}, RANKED),
     Shape("OASST messages", is_flat, from_flat, RANKED),
     Shape("TL;DR comparison", lambda row: has(row, "info", "summaries", "choice"), from_tldr, RANKED),
-    Shape("prompt/completion", lambda row: has(row, "prompt") and has_reply(row), from_reply, SFT),
+    Shape("prompt/completion", lambda row: has(row, "prompt") and has_any(row, REPLY_KEYS), from_reply, SFT),
     Shape("instruction/instances", lambda row: has(row, "instruction", "instances"), from_instances, SFT),
-    Shape("alpaca", lambda row: has(row, "instruction") and ("output" in row or "response" in row), from_alpaca, SFT),
-    Shape("question/answer", lambda row: has_question(row) and has_reply(row), from_reply, SFT),
-    Shape("transcript", lambda row: is_transcript(row.get("text")), from_transcript, SFT),
-    Shape("text", lambda row: has(row, "text"), from_text, ("text",)),
+    Shape("alpaca", lambda row: has(row, "instruction") and has_any(row, ("output", "response")),
+          from_alpaca, SFT),
+    Shape("question/answer", lambda row: has_any(row, QUESTION_KEYS) and has_any(row, REPLY_KEYS),
+          from_reply, SFT),
+    Shape("transcript", lambda row: is_transcript(row.get("text")),
+          lambda row: {"messages": split_transcript(row["text"])}, SFT),
+    Shape("text", lambda row: has(row, "text"), lambda row: {"text": as_text(row["text"], "text")}, ("text",)),
     Shape("turns", lambda row: has(row, "turns"), from_turns, ("prompts",)),
-    Shape("prompt", has_question, from_question, ("prompts",)),
+    Shape("prompt", lambda row: has_any(row, QUESTION_KEYS), lambda row: {"prompt": question(row)}, ("prompts",)),
 ]
 HOLDS = {"sft": "SFT conversations", "ranked": "ranked answers", "prompts": "prompts without answers",
          "text": "plain text"}
@@ -486,7 +459,7 @@ class WrongForm(BadRow):
 
 
 def recognise(raw, want):
-    """A raw row -> (its Shape, its internal row, with its `label` (see verdict) and its `unread` text). Raises BadRow."""
+    """A raw row -> (its Shape, its internal row with its `label` (verdict) and `unread` text). Raises BadRow."""
     if isinstance(raw, BadRow):
         raise raw
     if not isinstance(raw, dict):
@@ -588,8 +561,8 @@ def cast(internal, want, merge_system=False, score="score"):
             return {"prompt": prompt}
         return {"messages": prompt + [{"role": "assistant", "content": best["text"]}]}
     if want == "sft":
-        if internal.get("label") == "bad":
-            raise BadRow("labelled as a bad answer")
+        if internal.get("label") in ("bad", "zero"):
+            raise BadRow(BAD_ANSWER)
         messages = fold(in_order(internal["messages"], "assistant"))
         if not any(message.get("loss_weight", 1) for message in messages if message["role"] == "assistant"):
             raise BadRow("no answer to learn from: all have weight 0")

@@ -250,7 +250,7 @@ def test_a_bad_answer_is_never_imitated(tmp_path, good, bad):
         assert len(files.load(put(tmp_path, form), "prompts")[0]) == 4  # it may still be asked
     with pytest.raises(UserError, match="holds SFT.*needs several answers"):
         files.load(put(tmp_path, rows), "ranked")
-    with pytest.raises(UserError, match="none of its 3 rows can be used; most often: labelled as a bad answer"):
+    with pytest.raises(UserError, match="none of its 3 rows can be used; most often: labelled as a bad answer.*rename"):
         files.load(put(tmp_path, rows[1:]), "sft")
 
 
@@ -260,6 +260,11 @@ def test_a_label_with_other_values_is_a_class_and_no_verdict(tmp_path):
         assert [row["messages"][1]["content"] for row in rows] == [f"x{i}" for i in range(20)]
         assert report.dropped == {} and "20 kept (prompt/completion)" in str(report)
         assert "look: a label is taken for a class of something, not for a bad answer (5 rows, first" in str(report)
+
+
+def test_false_is_a_verdict_beside_any_labels(tmp_path):
+    kept, report = files.load(put(tmp_path, thumbs([True, "greeting", "greeting", False])), "sft")
+    assert len(kept) == 3 and report.dropped == {"labelled as a bad answer": (1, 4)}
 
 
 def test_one_odd_label_does_not_make_a_class_of_the_others(tmp_path):
@@ -278,7 +283,8 @@ def test_a_task_with_instances_gives_a_row_each(tmp_path, name):
     talks = [[u("greet\n\nAnn"), a("hi Ann")], [u("greet"), a("hi")]]
     path = put(tmp_path, [SEED_TASK], name)
     if name == "x.csv":
-        path.write_text('instruction,instances\ngreet,"' + json.dumps(SEED_TASK["instances"]).replace('"', '""') + '"\n')
+        cell = json.dumps(SEED_TASK["instances"]).replace('"', '""')
+        path.write_text(f'instruction,instances\ngreet,"{cell}"\n')
     rows, report = files.load(path, "sft")
     assert rows == [{"messages": talk} for talk in talks]
     assert (report.read, report.used, report.kept) == (1, 1, 2) and report.notes == {}
@@ -315,10 +321,11 @@ def test_the_report_warns_of_placeholders_and_end_marks(tmp_path):
         row = {"prompt": "hi", "completion": f"yo{mark} so"}
         assert notes_on(tmp_path, row) == [f"look: an end mark inside a text (1 row, first: row 2, {mark})"]
         row = {"prompt": "hi", "completion": f"yo{mark}"}
-        assert notes_on(tmp_path, row) == [f"look: an end mark behind an answer is taken off (1 row, first: row 2, {mark})"]
+        taken = "look: an end mark behind an answer is taken off (1 row, first: row"
+        assert notes_on(tmp_path, row) == [f"{taken} 2, {mark})"]
     row = {"prompt": "hi", "chosen": "yo</s>", "rejected": "no</s>"}
     assert files.load(put(tmp_path, [row]), "ranked")[0] == [pair([u("hi")], "yo", "no")]
-    assert notes_on(tmp_path, row, "ranked") == ["look: an end mark behind an answer is taken off (1 row, first: row 1, </s>)"]
+    assert notes_on(tmp_path, row, "ranked") == [f"{taken} 1, </s>)"]
     text = {"text": "one<|endoftext|>two<|endoftext|>"}  # plain text is kept to the letter
     assert load_one(tmp_path, text, "text")[0] == text
     assert notes_on(tmp_path, text, "text") == [
@@ -534,7 +541,8 @@ def test_a_quoted_tsv_is_one(tmp_path):
     text = '"prompt"\t"completion"\n"a\tb"\t"c\n""d"""\n\n"e"\t"f\n\n\tg"\nh\t5"\n'
     rows = [("a\tb", 'c\n"d"'), ("e", "f\n\n\tg"), ("h", '5"')]
     assert pairs_in(tmp_path, "x.tsv", text)[0] == rows
-    assert pairs_in(tmp_path, "x.csv", text.replace("\t", ","))[0] == [tuple(c.replace("\t", ",") for c in r) for r in rows]
+    commas = [tuple(cell.replace("\t", ",") for cell in row) for row in rows]
+    assert pairs_in(tmp_path, "x.csv", text.replace("\t", ","))[0] == commas
     assert pairs_in(tmp_path, "x.csv", text.replace("\n", "\r\n").replace("\t", ","))[1].dropped == {}
 
 
@@ -553,6 +561,20 @@ def test_a_quote_that_does_not_close_swallows_nothing_unsaid(tmp_path):
     assert pairs_in(tmp_path, "x.csv", text)[1].dropped == {"not valid CSV": (2, 21)}
     with pytest.raises(UserError, match="2 of its 3 rows are bad; most often: not valid CSV .2, first: row 2.*double"):
         pairs_in(tmp_path, "x.csv", 'prompt,completion\n"a, b","c"\n"d, d" d,"e"\n"f, f" f,"g"\n')
+
+
+@pytest.mark.parametrize("name, comma, header", [("x.csv", ",", "{}"), ("x.tsv", "\t", '"{}"')])
+def test_one_broken_line_does_not_put_quotes_around_all_others(tmp_path, name, comma, header):
+    rows = [(f"a{i}", "b") for i in range(30 if header == "{}" else 3)]
+    lines = [comma.join(map(header.format, ("prompt", "completion")))]
+    lines += [comma.join(map('"{}"'.format, row)) for row in rows]
+    got, report = pairs_in(tmp_path, name, "\n".join([*lines, f'"stray{comma}x']))
+    assert got == rows and report.dropped == {"not valid CSV": (1, len(rows) + 1)}
+
+
+def test_a_header_with_a_stray_quote_still_names_the_columns(tmp_path):
+    rows, report = pairs_in(tmp_path, "x.csv", 'prompt,completion,"note\nhi,yo,\nmore,end,x\n')
+    assert rows == [("hi", "yo"), ("more", "end")] and report.read == 2
 
 
 def test_cells_hold_what_they_hold(tmp_path):
@@ -645,7 +667,7 @@ def test_rows_that_ask_the_same_are_held_out_together(row):
         ids = {r["id"] for r in held}
         assert len(held) == 8 and len(train) == 72 and ids == {4 * (i // 4) + k for i in ids for k in range(4)}
     assert said == ["80 of 80 rows share their question or text with others: 8 rows of 2 groups are held out"] * 9
-    with pytest.raises(UserError, match="^all 4 rows share one question or text, so none can be held out.*add rows that"):
+    with pytest.raises(UserError, match="^all 4 rows share one question or text, so none can be held out.*add"):
         files.hold_out(rows[:4])
 
 
@@ -712,7 +734,8 @@ def damaged(rng, row):
 def test_fuzz_ends_in_counts_or_in_one_sentence(tmp_path, want):
     """10,000 damaged rows over the four forms, in small files (so that many end well) and of every shape."""
     rng = random.Random(1)
-    seeds = [row for _, row, _ in SFT + RANKED + PROMPTS] + [TREE, {"text": "plain"}, SEED_TASK] + list(flattened(TREE["prompt"]))
+    seeds = [row for _, row, _ in SFT + RANKED + PROMPTS] + [TREE, {"text": "plain"}, SEED_TASK]
+    seeds += flattened(TREE["prompt"])
     ended_well = 0
     for i in range(50):
         lines = [damaged(rng, rng.choice(seeds)) for _ in range(50)]
