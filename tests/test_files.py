@@ -770,3 +770,23 @@ def test_real_files(name, want, read, kept):
         scores = [[answer["score"] for answer in row["answers"]] for row in rows]
         assert {len(s) for s in scores} == {2, 3, 4, 5, 6, 8, 9}
         assert sum(x != y for s in scores for i, x in enumerate(s) for y in s[:i]) == 754
+
+
+@pytest.mark.parametrize("name, kept, dropped, looks", [
+    ("arc_challenge_pairs.jsonl", 10, {"labelled as a bad answer": (10, 2)}, []),
+    ("dolly.jsonl", 15, {}, ["an end mark behind an answer is taken off"]),
+    ("oa_questions.jsonl", 20, {}, ["text under 'text' is not used"]),
+    ("seed_tasks.jsonl", 15, {}, []),
+    ("eli5_thinkcite.json", 10, {}, ["text under 'claims' is not used"]),
+    ("identity.json", 8, {}, ["a placeholder that nobody filled in"])])
+def test_real_rows_of_every_shape(name, kept, dropped, looks):
+    path = SHARED / "shapes" / name
+    if not path.exists():
+        pytest.skip("../shared/data/shapes is not here")
+    rows, report = files.load(path, "sft")
+    assert (len(rows), report.dropped, list(report.notes)) == (kept, dropped, looks)
+    said = [message["content"] for row in rows for message in row["messages"]]
+    assert not any(mark in text for text in said for mark in ("### ", "###eos", "Below is an instruction"))
+    if name == "seed_tasks.jsonl":
+        raw = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        assert all(task["instances"][0]["input"] in row["messages"][0]["content"] for task, row in zip(raw, rows))
