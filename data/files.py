@@ -395,8 +395,9 @@ def hold_out(rows, share=0.1, seed=0, at_least=1, at_most=500, say=lambda line: 
     held = set(held or min(groups, key=len) if count else [])
     shared = sum(len(group) for group in groups if len(group) > 1)
     if shared:
+        drawn = sum(group[0] in held for group in groups)
         say(f"{shared:,} of {len(rows):,} rows share their question or text with others: {len(held):,} rows of "
-            f"{sum(group[0] in held for group in groups):,} groups are held out")
+            f"{drawn:,} group{'s' * (drawn != 1)} are held out")
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
