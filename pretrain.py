@@ -106,7 +106,7 @@ def load_text(config, tok):
     if config.data:
         rows, report = files.load(config.data, "text")
         print(report)
-        train, held = files.hold_out(rows)
+        train, held = files.hold_out(rows, seed=config.seed, say=print)
         train, held = [row["text"] for row in train], [row["text"] for row in held]
     else:
         train, held = Island().plain_text(config.documents), Island().plain_text(400, seed=9)

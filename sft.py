@@ -78,7 +78,7 @@ def load_data(config, say):
     if config.data:
         rows, report = files.load(config.data, "sft", merge_system=config.merge_system)
         say(report)
-        return *files.hold_out(rows, seed=config.seed), None
+        return *files.hold_out(rows, seed=config.seed, say=say), None
     island, without = Island(), () if config.idk else ("unknown",)
     train = island.conversations(config.n_sft, answers=config.answers, without=without, chats=CHATS)
     return train, island.conversations(600, seed=7, split="test"), island

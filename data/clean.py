@@ -20,10 +20,10 @@ from pathlib import Path
 
 from data.files import stream
 from data.readability import is_simple
-from data.report import Report
-from data.shapes import BadRow, WrongForm, finished, recognise, tree_rows
-from data.toxicity import is_clean, load_toxicity, toxicity_of
 from common.disk import writing
+from data.report import Report
+from data.shapes import BadRow, WrongForm, finished, parts, recognise
+from data.toxicity import is_clean, load_toxicity, toxicity_of
 from common.errors import UserError, end_politely
 
 
@@ -233,8 +233,7 @@ def rows_of(raw, wants):
             continue
         if "flat" in internal:
             raise BadRow("one message of a tree: give the file to data/oasst.py first")
-        parts = tree_rows(internal["tree"], want) if "tree" in internal else [internal]
-        return [finished(part, raw, want, merge_system=False, score="score") for part in parts]
+        return [finished(part, raw, want, merge_system=False, score="score") for part in parts(internal, want)]
     raise wrong
 
 

@@ -8,7 +8,6 @@ rows may look like, and the four forms that are made of them, stands in shapes.p
 """
 import argparse
 import codecs
-import csv
 import gzip
 import io
 import itertools
@@ -18,12 +17,10 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.shapes import FORMS, NEEDS, SHAPES, BadRow, WrongForm, finished, plant, recognise, shown, tree_rows
+from data import cells
+from data.cells import LIMIT
+from data.shapes import BAD_ANSWER, FORMS, NEEDS, SHAPES, BadRow, WrongForm, finished, parts, plant, recognise, shown
 from common.errors import UserError, end_politely
-
-LIMIT = 10_000_000  # bytes in a line or in a CSV cell: more is a broken file, not an example
-LISTS_IN_CELLS = ("messages", "conversations", "conversation", "answers", "completions", "responses", "turns",
-                  "history", "info", "summaries", "data", "choices", "endings", "mc1_targets", "mc2_targets")
 
 
 # ---- files: every ending becomes (row number, raw row or BadRow) ----
@@ -148,37 +145,7 @@ def unwrapped(whole):
 
 
 def read_csv(path):
-    """The header names the keys, in any case ("Best Answer" is best_answer). A cell may hold a list as JSON."""
-    csv.field_size_limit(LIMIT)
-    with open_text(path, newline="") as stream:
-        header = stream.readline(LIMIT)
-        comma = ";" if header.count(";") > header.count(",") else ","  # Excel writes ; in much of Europe
-        comma = "\t" if ending_of(path) == ".tsv" else comma
-        reader = csv.reader(itertools.chain([header], stream), delimiter=comma)
-        names = None
-        for number in itertools.count(0):  # row 0 is the header
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield number, BadRow("not valid CSV", str(error))
-                continue
-            if names is None:
-                names = [name.strip().lower().replace(" ", "_") for name in cells]
-            elif len(cells) == len(names):
-                yield number, {name: cell_value(name, cell) for name, cell in zip(names, cells)}
-            elif cells:
-                yield number, BadRow("wrong number of columns", f"{len(cells)} where the header has {len(names)}")
-
-
-def cell_value(name, cell):
-    if name in LISTS_IN_CELLS and cell[:1] in ("[", "{"):
-        try:
-            return json.loads(cell)
-        except (ValueError, RecursionError):
-            pass  # the row's own check says what is wrong with it
-    return cell
+    return cells.read(path, open_text, tabs=ending_of(path) == ".tsv")
 
 
 def read_txt(path):
@@ -205,11 +172,14 @@ def read_parquet(path):
 # ---- what others call ----
 
 # no fault of the file's, so these do not count towards "more than half are bad"
-FINE = ("fewer than two answers", "labelled as a bad answer", "a tree without the wanted form")
+FINE = ("fewer than two answers", BAD_ANSWER, "a tree without the wanted form")
 CURES = {
+    BAD_ANSWER: "rename the key if it does not judge the answer",
+    "a label that is no verdict": "use true and false, or rename the key if it does not judge the answer",
     "unknown keys": "rename the keys to one of the shapes " + ", ".join(shape.name for shape in SHAPES),
     "not UTF-8, or half of a surrogate pair": "save the file as UTF-8",
     "NUL byte": "save the file as UTF-8, without NUL bytes",
+    "not valid CSV": "double the quotes inside of a cell in quotes",
     "not valid JSON": "write one JSON object per line",
     "line over 10 MB": "write one example per line",
     "a tool's turn": "tool use is not supported, so remove those conversations",
@@ -228,6 +198,7 @@ class Report:
     dropped: dict = field(default_factory=dict)   # reason -> (count, number of the first such row)
     shapes: dict = field(default_factory=dict)    # shape name -> rows used
     details: dict = field(default_factory=dict)   # reason -> what the first such row holds
+    notes: dict = field(default_factory=dict)     # what to look at in kept rows -> (count, the first's number, example)
     forms: dict = field(default_factory=dict)     # reason -> True where the row is sound, but of another form
 
     def keep(self, shape, made, rows=1):
@@ -240,7 +211,17 @@ class Report:
         self.details.setdefault(bad.reason, bad.detail)
         self.forms[bad.reason] = isinstance(bad, WrongForm)
 
+    def note(self, what, row, example=""):
+        """Something about a row that is kept, which the user should know."""
+        count, first, example = self.notes.get(what, (0, row, example))
+        self.notes[what] = (count + 1, first, example)
+
     def __str__(self):
+        return self.counts() + "".join(
+            f"\n  look: {what} ({count:,} row{'s' * (count != 1)}, first: row {first:,}{example and ', ' + example})"
+            for what, (count, first, example) in self.notes.items())
+
+    def counts(self):
         shapes = ", ".join(self.shapes if len(self.shapes) == 1 else (f"{k} {n:,}" for k, n in self.shapes.items()))
         kept = f"{self.kept:,} kept" if self.kept == self.used else f"{self.kept:,} made from {self.used:,} of them"
         line = f"{self.name}: {self.read:,} row{'s' * (self.read != 1)} read, {kept}"
@@ -268,28 +249,51 @@ def load(path, want, merge_system=False, score="score"):
     if want not in FORMS:
         raise ValueError(f"want is one of {', '.join(FORMS)}, not {want!r}")
     path = Path(path).expanduser()
-    report, rows, flat = Report(path.name), [], {}
+    report, found, flat = Report(path.name), [], {}
     for number, raw in read(path):
         report.read += 1
         try:
             shape, internal = recognise(raw, want)
-            if "flat" in internal and internal["flat"]["message_id"] in flat:
-                raise BadRow("message_id seen before")
             if "flat" in internal:
+                if internal["flat"]["message_id"] in flat:
+                    raise BadRow("message_id seen before")
                 flat[internal["flat"]["message_id"]] = (number, internal["flat"])
                 continue
-            parts = tree_rows(internal["tree"], want) if "tree" in internal else [internal]
-            made = [finished(part, raw, want, merge_system, score) for part in parts]
-            if not made:
-                raise BadRow("a tree without the wanted form")
+            label, internal["label"] = internal["label"], None  # judged when all labels have been seen
+            found.append(((number,), shape.name, label, *made_of(internal, raw, want, merge_system, score)))
         except BadRow as bad:
             report.drop(bad, number)
-            continue
-        rows += made
-        report.keep(shape.name, len(made))
-    rows += flat_rows(flat, want, merge_system, score, report)
+    found += flat_rows(flat, want, merge_system, score, report)
+    rows = judged(found, want, report)
     check(report, NEEDS[want], path)
     return rows, report
+
+
+def made_of(internal, raw, want, merge_system, score):
+    """An internal row -> the rows in the wanted form, what is noted on them. Raises BadRow."""
+    rows = parts(internal, want)
+    made = [finished(part, raw, want, merge_system, score) for part in rows]
+    if not made:
+        raise BadRow("a tree without the wanted form")
+    return made, rows[0]["notes"]
+
+
+def judged(found, want, report):
+    """[(row numbers, shape, label, rows made of them, notes), ...] -> the rows; for SFT without those whose label says
+    that the answer is bad. Where a tenth of the labels or more say neither, numbers are classes of something else."""
+    labels = [label for _, _, label, *_ in found if label]
+    judges, rows = labels.count("odd") * 10 < len(labels), []
+    for numbers, shape, label, made, notes in found:
+        if want == "sft" and (label == "bad" or judges and label in ("zero", "odd")):
+            report.drop(BadRow("a label that is no verdict" if label == "odd" else BAD_ANSWER), *numbers)
+            continue
+        rows += made
+        report.keep(f"{shape}, judged" if judges and label and want == "sft" else shape, len(made), len(numbers))
+        if want == "sft" and label == "zero":
+            notes["a label is taken for a class of something, not for a bad answer"] = ""
+        for what, example in notes.items():
+            report.note(what, numbers[0], example)
+    return rows
 
 
 def read(path):
@@ -323,23 +327,17 @@ def stream(path, convert, needs):
 
 
 def flat_rows(flat, want, merge_system, score, report):
-    """Flat OASST rows stand in any order, so their trees exist only when the whole file is read."""
-    rows = []
+    """Flat OASST rows stand in any order, so their trees exist only when the whole file is read. -> as in judged."""
     trees, loose = plant(list(flat.values()))
     for number in loose:
         report.drop(BadRow("hangs on a message that is not there"), number)
     for root, numbers in trees:
+        internal = {"tree": root, "label": None, "unread": {}}
         try:
-            made = [finished(part, {}, want, merge_system, score) for part in tree_rows(root, want)]
-            if not made:
-                raise BadRow("a tree without the wanted form")
+            yield numbers, "OASST messages", None, *made_of(internal, {}, want, merge_system, score)
         except BadRow as bad:
             for number in numbers:
                 report.drop(bad, number)
-            continue
-        rows += made
-        report.keep("OASST messages", len(made), len(numbers))
-    return rows
 
 
 def unreadable(path, error):
@@ -370,14 +368,40 @@ def check(report, needs, path):
     raise UserError(f"{path}: {much}; most often: {reason} ({count:,}, first: row {first:,}{detail}); {cure}.")
 
 
-def hold_out(rows, share=0.1, seed=0, at_least=1, at_most=500):
-    """rows -> (train, held): held has round(share * len(rows)) of them, within [at_least, at_most], drawn by `seed`;
-    both keep the order of `rows`. Raises UserError where nothing would be left to train on."""
+def hold_out(rows, share=0.1, seed=0, at_least=1, at_most=500, say=lambda line: None):
+    """rows -> (train, held), both in the order of `rows`. Rows that share their first question, or their text, are held
+    out together or not at all: nothing is measured by what was trained on.
+
+    held has round(share * len(rows)) rows, within [at_least, at_most], or somewhat fewer: groups are drawn by `seed`,
+    and one with more rows than are still wanted stays in training. Where all have more, held is the smallest group.
+    say: told how many rows share. Raises UserError where nothing could be held out, or nothing be left to train on.
+    """
     count = min(max(round(share * len(rows)), at_least), at_most)
-    if count >= len(rows):
-        raise UserError(f"{len(rows)} rows are too few to hold {count} out for evaluation: add rows.")
-    held = set(random.Random(seed).sample(range(len(rows)), count))
+    if count and count >= len(rows):
+        raise UserError(f"{len(rows)} row{'s are' if len(rows) != 1 else ' is'} too few to hold {count} out for "
+                        "evaluation: add rows.")
+    groups = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(subject(row), []).append(i)
+    if count and len(groups) < 2:
+        raise UserError(f"all {len(rows):,} rows share one question or text, so none can be held out for evaluation: "
+                        "add rows that ask something else.")
+    groups, held = random.Random(seed).sample(list(groups.values()), len(groups)), []
+    for group in groups:
+        held += group if len(held) + len(group) <= count else []
+    held = set(held or min(groups, key=len) if count else [])
+    shared = sum(len(group) for group in groups if len(group) > 1)
+    if shared:
+        drawn = sum(group[0] in held for group in groups)
+        say(f"{shared:,} of {len(rows):,} rows share their question or text with others: {len(held):,} rows of "
+            f"{drawn:,} group{'s' * (drawn != 1)} are held out")
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
+def subject(row):
+    """What a row is about, as a number: its text, or its first question, in any case and with any white space."""
+    asked = (message["content"] for message in row.get("messages", row.get("prompt", ())) if message["role"] == "user")
+    return hash(" ".join(row.get("text", next(asked, "")).casefold().split()))
 
 
 def main():

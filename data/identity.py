@@ -21,11 +21,11 @@ from pathlib import Path
 
 from data import files
 from common.disk import writing
+from data.shapes import PLACEHOLDER
 from common.errors import UserError
 from common.flags import parse
 
 SYSTEM = "You are {{name}}, an AI assistant made by {{author}}. You are a language model, not a person."
-PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
 ROWS = [  # ways to ask, ways to answer
     (["Who are you?", "Tell me who you are.", "Can you introduce yourself?", "hi, who am i talking to?"],

@@ -57,16 +57,13 @@ def load_ranked(config, World, say):
     """-> rows {"prompt", "answers": [{"text", "score"}]} to train on, held-out rows, and the island where it made them.
     World: makes the island (island.world.Island).
 
-    Rows of your file that open with the same words are held out together: one question may come in many pairs.
-
     Half of the island's held-out rows are new votes on what training votes were about ("known"), half are about
     residents, strangers and requests that no conversation and no vote has mentioned before ("new").
     """
     if config.data:
         rows, report = files.load(config.data, "ranked", config.merge_system, score=config.aspect)
         say(report)
-        held = set(files.hold_out(list(dict.fromkeys(map(opening, rows))), seed=config.seed)[1])
-        return [row for row in rows if opening(row) not in held], [row for row in rows if opening(row) in held], None
+        return *files.hold_out(rows, seed=config.seed, say=say), None
     island, votes = World(), dict(flattery=config.flattery, noise=config.noise)
     if config.aspect not in ("score", *island.aspects):
         raise UserError(f"--aspect {config.aspect}: the island's answers have score (the votes), {', '.join(island.aspects)}")
@@ -78,11 +75,6 @@ def load_ranked(config, World, say):
             for answer in row["answers"]:
                 answer["score"] = island.aspects[config.aspect](row["prompt"], answer["text"])
     return train, held, island
-
-
-def opening(row):
-    """The words that a row's conversation begins with: one question may come in many rows."""
-    return next(m["content"] for m in row["prompt"] if m["role"] == "user")
 
 
 def answered(prompt, text):

@@ -12,9 +12,11 @@ Conversions: ranked -> sft takes the best answer (the first of equals), sft -> p
 chosen/rejected pair is ranked with scores 1 and 0.
 
 What is changed in a user's text, and nothing else: consecutive turns of one role are joined with a blank line, an
-empty system prompt is left out, an instruction and its input are joined with a blank line, and in transcripts
-("Human: ... Assistant: ...") the markers go, with the white space that set them off. null is the same as absent.
+empty system prompt is left out, a question and its input are joined with a blank line, end marks behind an answer
+("</s>") go, and in transcripts ("Human: ... Assistant: ...", or Alpaca's template) the markers go, with the white space
+that set them off. null is the same as absent. What a user should look at is noted on the internal row.
 """
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -23,11 +25,24 @@ from dataclasses import dataclass
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user",
          "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant"}
 TOOLS = ("tool", "function", "function_call", "observation")
-REPLY_KEYS = ("completion", "response", "answer", "output")       # beside a prompt: one answer
+REPLY_KEYS = ("completion", "response", "answer", "output", "best_answer")   # beside a prompt: one answer
 LIST_KEYS = ("answers", "completions", "responses")               # beside a prompt: several, scored
-QUESTION_KEYS = ("prompt", "instruction", "question", "query")
+QUESTION_KEYS = ("prompt", "question", "instruction", "query", "input")
+VERDICT_KEYS = {"label", "kto_tag", "is_correct", "correct"}      # beside one answer: whether it is a good one
+CHOICE_KEYS = {"choices", "options", "endings"}                   # beside them a label says which one is right
+WEIGHT_KEYS = ("loss_weight", "weight", "train")                  # in an assistant's turn: 0 or false is context only
 KEPT_KEYS = ("kind", "category", "source")                        # strings that tables are grouped by
-MARKER = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?|### ?(Human|Assistant): ?\n?")
+INPUT_KEYS = ("input", "context", "question_ctx", "selftext")     # beside a question: what it is about
+NOTHING = ("", "[removed]", "[deleted]", "<noinput>")             # what stands there where it is about nothing
+MARKERS = [re.compile(mark) for mark in (                         # families: a transcript keeps to one
+    r"(?:\A|\r?\n\r?\n)(?:(?P<user>Human)|(?P<assistant>Assistant)): ?",
+    r"### ?(?:(?P<user>Human|User)|(?P<assistant>Assistant)): ?(?:\r?\n)?",
+    r"### ?(?:(?P<user>Instruction|Input)|(?P<assistant>Response)): ?(?:\r?\n)?")]
+ALPACA = "Below is an instruction that describes a task"          # its template begins so
+END_MARK = re.compile(r"</s>|<eos>|<end_of_turn>|<\|\w{0,20}(?:end|eot|eos)\w{0,20}\|>|###(?:eos|EOS)\w{0,20}###")
+WORDS = re.compile(r"[^\W\d_][^\w\s]?\s+[^\w\s]?[^\W\d_]")        # two of them
+BAD_ANSWER = "labelled as a bad answer"
+PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
 
 class BadRow(Exception):
@@ -42,6 +57,21 @@ class BadRow(Exception):
 
 def says(role, text):
     return {"role": role, "content": text}
+
+
+class Reading(dict):
+    """A row that remembers which of its keys were read."""
+
+    def __init__(self, row):
+        super().__init__(row)
+        self.read = set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
 
 
 def first(raw, *keys):
@@ -78,10 +108,11 @@ def as_turn(raw):
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise BadRow("unknown role", f"it is {shown(role)}")
     message = {"role": ROLES[role.lower()], "content": as_text(first(raw, "content", "value"), "a message")}
-    if raw.get("loss_weight") is not None:
-        weight = as_number(raw["loss_weight"])
+    key = next((key for key in WEIGHT_KEYS if raw.get(key) is not None), None)
+    if key and message["role"] == "assistant":
+        weight = float(raw[key]) if isinstance(raw[key], bool) else as_number(raw[key])
         if weight is None or weight < 0:
-            raise BadRow("loss_weight is not a number", f"it is {shown(raw['loss_weight'])}")
+            raise BadRow(f"{key} is no number from 0", f"it is {shown(raw[key])}")
         message["loss_weight"] = weight
     return message
 
@@ -99,62 +130,75 @@ def alternating(strings, name):
     return [{"role": ("user", "assistant")[i % 2], "content": as_text(s, name)} for i, s in enumerate(strings)]
 
 
+def marks(text):
+    """The speakers' marks in a transcript: those of the family that begins first, as others are somebody's words."""
+    if not isinstance(text, str) or not ("###" in text or "Human:" in text):
+        return []
+    families = [list(family.finditer(text)) for family in MARKERS]
+    return min((found for found in families if found), key=lambda found: found[0].start(), default=[])
+
+
 def split_transcript(text):
-    """Human: ... Assistant: ..., or ### Human: ... ### Assistant: ... -> messages. Words before are the system's."""
-    marks = list(MARKER.finditer(text))
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    before = text[:marks[0].start()].strip() if marks else ""
-    messages = [{"role": "system", "content": before}] if before else []
-    for mark, end in zip(marks, ends):
+    """Human: ... Assistant: ..., ### Human: ... ### Assistant: ..., or Alpaca's template -> messages. Words before are
+    the system's, but for the template's own."""
+    found = marks(text)
+    ends = [mark.start() for mark in found[1:]] + [len(text)]
+    before = text[:found[0].start()].strip() if found else ""
+    messages = [says("system", before)] if before and not before.startswith(ALPACA) else []
+    for mark, end in zip(found, ends):
         said = text[mark.end():end]
-        said = said if mark is marks[-1] else said.rstrip()
-        messages.append({"role": ROLES[(mark[1] or mark[2]).lower()], "content": said})
+        said = said if mark is found[-1] else said.rstrip()
+        if mark["user"] != "Input" or said.strip() not in NOTHING:
+            messages.append(says(mark.lastgroup, said))
     return messages
 
 
 def is_transcript(text):
     """True where the first marker is the human's and the assistant has one too."""
-    if not isinstance(text, str):
-        return False
-    speakers = [mark[1] or mark[2] for mark in MARKER.finditer(text)]
-    return speakers[:1] == ["Human"] and "Assistant" in speakers
+    speakers = [mark.lastgroup for mark in marks(text)]
+    return speakers[:1] == ["user"] and "assistant" in speakers
 
 
 def as_prompt(value):
-    """The conversation up to the answer. A transcript may end with the bare "Assistant:" that asks for it."""
-    if is_transcript(value) and MARKER.match(value):
-        turns = split_transcript(value)
-        return turns[:-1] if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip() else turns
+    """The conversation up to the answer. A transcript stands alone or behind Alpaca's words; behind other words it ends
+    with the bare "Assistant:" that asks for an answer, or else they are about it."""
+    if is_transcript(value):
+        before, turns = value[:marks(value)[0].start()].strip(), split_transcript(value)
+        asks = turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip()
+        if asks or not before or before.startswith(ALPACA):
+            return turns[:-1] if asks else turns
     return as_turns(value, "user")
 
 
 def with_system(row, messages):
-    """A row's own `system` string stands first, where the messages bring none."""
-    if row.get("system") and messages[:1] and messages[0]["role"] != "system":
-        return [{"role": "system", "content": as_text(row["system"], "system")}] + messages
+    """A row's own system prompt stands first, where the messages bring none."""
+    system = first(row, "system", "system_prompt")
+    if system and messages[:1] and messages[0]["role"] != "system":
+        return [says("system", as_text(system, "system"))] + messages
     return messages
 
 
-def with_input(row):
-    """Alpaca's and Dolly's question: the instruction, a blank line, and its input where there is one."""
-    more = as_text(first(row, "input", "context") or "", "input")
-    instruction = as_text(row["instruction"], "instruction")
-    return f"{instruction}\n\n{more}" if more.strip() else instruction
+def with_input(row, key):
+    """The text under `key`, a blank line, and what it is about, where that is said and does not stand in it already."""
+    asked = as_text(row[key], key)
+    inputs = (as_text(row[other], other) for other in INPUT_KEYS if other in row and other != key)
+    more = next((text for text in inputs if text.strip() not in NOTHING), "")
+    return asked if more.strip() in asked else f"{asked}\n\n{more}"
 
 
-def question(row):
-    """The prompt of a row that names it: prompt, instruction (+ input), question, query, or a conversation."""
-    key = next((key for key in (*QUESTION_KEYS, "conversations", "messages") if key in row), None)
+def question(row, *keys):
+    """The prompt of a row under the first of `keys`, after the turns of its `history`; no keys: what rows name it."""
+    key = next((key for key in keys or (*QUESTION_KEYS, "conversations", "messages") if key in row), None)
     if key is None:
         raise BadRow("chosen and rejected without a prompt")
-    return with_system(row, as_prompt(with_input(row) if key == "instruction" else row[key]))
+    history = first(row, "history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise BadRow("history is not a list of pairs")
+    before = alternating([text for pair in history for text in pair], "history")
+    return with_system(row, before + as_prompt(with_input(row, key) if isinstance(row[key], str) else row[key]))
 
 
 # ---- one function a family of shapes: a raw row -> an internal row ----
-
-def from_messages(row):
-    return {"messages": with_system(row, as_turns(as_list(row, "messages"), "user"))}
-
 
 def from_conversation(row):
     """ShareGPT: dicts. LIMA: strings, the user first."""
@@ -163,13 +207,9 @@ def from_conversation(row):
     return {"messages": with_system(row, alternating(turns, "conversations") if lima else as_turns(turns, "user"))}
 
 
-def from_ultrachat(row):
-    return {"messages": alternating(row["data"], "data")}
-
-
 def from_pair(row):
     """chosen and rejected: the answers beside a prompt, or whole conversations that share all but their last turn."""
-    explicit = any(key in row for key in (*QUESTION_KEYS, "conversations", "messages"))
+    explicit = has_any(row, (*QUESTION_KEYS, "conversations", "messages"))
     sides = [split_transcript(side) if not explicit and is_transcript(side) else as_turns(side, "assistant")
              for side in (row["chosen"], row["rejected"])]
     if not all(sides):
@@ -185,14 +225,6 @@ def from_pair(row):
         raise BadRow("chosen and rejected differ before their last answer")
     answers = [{"text": side[0]["content"], "scores": {"score": score}} for side, score in zip(sides, (1, 0))]
     return {"prompt": prompt, "answers": answers}
-
-
-def from_eli5(row):
-    """The user asks the title and, after a blank line, the selftext."""
-    more = as_text(row.get("selftext", ""), "selftext")
-    title = as_text(row["title"], "title")
-    asked = f"{title}\n\n{more}" if more.strip() else title
-    return {"prompt": as_turns(asked, "user"), "answers": scored(row["answers"], "answers")}
 
 
 def from_answers(row):
@@ -230,35 +262,31 @@ def from_tldr(row):
     return {"prompt": as_turns("\n\n".join(lines + ["TL;DR:"]), "user"), "answers": answers}
 
 
-def from_prompt_reply(row):
+def from_reply(row):
     return {"messages": question(row) + as_turns(first(row, *REPLY_KEYS), "assistant")}
 
 
-def from_labelled(row):
-    """One answer judged good or bad (KTO): a bad one must never become an example to imitate."""
-    return from_prompt_reply(row) | {"label": str(row["label"]).lower() == "true"}
-
-
 def from_alpaca(row):
-    history = row.get("history", [])
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise BadRow("history is not a list of pairs")
-    before = alternating([text for pair in history for text in pair], "history")
-    reply = as_turns(first(row, "output", "response"), "assistant")
-    return {"messages": with_system(row, before + as_turns(with_input(row), "user") + reply)}
+    return {"messages": question(row, "instruction") + as_turns(first(row, "output", "response"), "assistant")}
 
 
-def from_qa(row):
-    reply = as_text(first(row, "answer", "best_answer"), "an answer")
-    return {"messages": with_system(row, as_prompt(row["question"])) + as_turns(reply, "assistant")}
+def from_instances(row):
+    """Self-Instruct: a task, and several inputs and outputs of it, each of which is a row."""
+    instances = as_list(row, "instances")
+    if not all(isinstance(instance, dict) for instance in instances):
+        raise BadRow("an instance is not an object")
+    return {"rows": [from_alpaca({**row, **instance}) for instance in instances]}
 
 
-def from_transcript(row):
-    return {"messages": split_transcript(row["text"])}
-
-
-def from_text(row):
-    return {"text": as_text(row["text"], "text")}
+def verdict(row):
+    """What a row says of its answer: "good", "bad", "zero" (bad, where the file's labels are no classes), "odd" where it
+    is something else, None where it says nothing."""
+    values = [row[key] for key in row.keys() & VERDICT_KEYS if isinstance(row[key], (str, int, float))]
+    words = {str(value).strip().lower().removesuffix(".0") for value in values} - {"", "nan"}  # an empty cell
+    if not words or row.keys() & CHOICE_KEYS:
+        return None
+    kinds = {"bad": {"false"}, "zero": {"0", "-1"}, "good": {"true", "1"}}
+    return next((kind for kind, said in kinds.items() if words & said), "odd")
 
 
 def from_turns(row):
@@ -267,13 +295,9 @@ def from_turns(row):
     return {"prompt": with_system(row, as_turns(turns[0], "user")), "follow_ups": turns[1:]}
 
 
-def from_question(row):
-    return {"prompt": question(row)}
-
-
 def as_list(row, key):
     if not isinstance(row[key], list) or not row[key]:
-        raise BadRow(f"{key} is not a list of turns", f"it is {shown(row[key])}")
+        raise BadRow(f"{key} is not a list, or empty", f"it is {shown(row[key])}")
     return row[key]
 
 
@@ -284,10 +308,6 @@ def shown(value):
 
 
 # ---- OpenAssistant: trees of messages, whole or as one flat row a message ----
-
-def from_tree(row):
-    return {"tree": row["prompt"]}
-
 
 def best_thread(root):
     """The root and, from there on, the best-ranked reply to everything, up to the assistant's last word."""
@@ -377,8 +397,8 @@ def has(row, *keys):
     return all(key in row for key in keys)
 
 
-def has_reply(row):
-    return any(key in row for key in REPLY_KEYS)
+def has_any(row, keys):
+    return any(key in row for key in keys)
 
 
 def talks(row, *keys):
@@ -390,40 +410,36 @@ def talks(row, *keys):
 
 
 def several(row):
-    return has_question(row) and any(isinstance(row.get(key), (list, dict)) for key in LIST_KEYS)
-
-
-def has_question(row):
-    return any(key in row for key in QUESTION_KEYS)
-
-
-def is_label(value):
-    return isinstance(value, bool) or str(value).lower() in ("true", "false")  # a CSV cell holds the word
+    return has_any(row, QUESTION_KEYS) and any(isinstance(row.get(key), (list, dict)) for key in LIST_KEYS)
 
 
 SFT, RANKED = ("sft", "prompts"), ("ranked", "sft", "prompts")
 SHAPES = [
-    Shape("messages", lambda row: talks(row, "messages"), from_messages, SFT),
+    Shape("messages", lambda row: talks(row, "messages"),
+          lambda row: {"messages": with_system(row, as_turns(as_list(row, "messages"), "user"))}, SFT),
     Shape("conversations", lambda row: talks(row, "conversations", "conversation"), from_conversation, SFT),
-    Shape("UltraChat", lambda row: has(row, "id") and isinstance(row.get("data"), list), from_ultrachat, SFT),
+    Shape("UltraChat", lambda row: has(row, "id") and isinstance(row.get("data"), list),
+          lambda row: {"messages": alternating(row["data"], "data")}, SFT),
     Shape("chosen/rejected", lambda row: has(row, "chosen", "rejected"), from_pair, RANKED),
     Shape("ELI5", lambda row: has(row, "title") and isinstance(row.get("answers"), dict) and "score" in row["answers"],
-          from_eli5, RANKED),
+          lambda row: {"prompt": [says("user", with_input(row, "title"))],
+                       "answers": scored(row["answers"], "answers")}, RANKED),
     Shape("prompt/answers", several, from_answers, RANKED),
     Shape("OASST tree", lambda row: isinstance(row.get("prompt"), dict) and "replies" in row["prompt"],
-          from_tree, RANKED),
+          lambda row: {"tree": row["prompt"]}, RANKED),
     Shape("OASST messages", is_flat, from_flat, RANKED),
     Shape("TL;DR comparison", lambda row: has(row, "info", "summaries", "choice"), from_tldr, RANKED),
-    Shape("unpaired prompt/completion/label", lambda row: has(row, "prompt", "label") and is_label(row["label"])
-          and has_reply(row), from_labelled, SFT),
-    Shape("prompt/completion", lambda row: has(row, "prompt") and has_reply(row), from_prompt_reply, SFT),
-    Shape("alpaca", lambda row: has(row, "instruction") and ("output" in row or "response" in row), from_alpaca, SFT),
-    Shape("question/answer", lambda row: has(row, "question") and ("answer" in row or "best_answer" in row),
-          from_qa, SFT),
-    Shape("transcript", lambda row: is_transcript(row.get("text")), from_transcript, SFT),
-    Shape("text", lambda row: has(row, "text"), from_text, ("text",)),
+    Shape("prompt/completion", lambda row: has(row, "prompt") and has_any(row, REPLY_KEYS), from_reply, SFT),
+    Shape("instruction/instances", lambda row: has(row, "instruction", "instances"), from_instances, SFT),
+    Shape("alpaca", lambda row: has(row, "instruction") and has_any(row, ("output", "response")),
+          from_alpaca, SFT),
+    Shape("question/answer", lambda row: has_any(row, QUESTION_KEYS) and has_any(row, REPLY_KEYS),
+          from_reply, SFT),
+    Shape("transcript", lambda row: is_transcript(row.get("text")),
+          lambda row: {"messages": split_transcript(row["text"])}, SFT),
+    Shape("text", lambda row: has(row, "text"), lambda row: {"text": as_text(row["text"], "text")}, ("text",)),
     Shape("turns", lambda row: has(row, "turns"), from_turns, ("prompts",)),
-    Shape("prompt", has_question, from_question, ("prompts",)),
+    Shape("prompt", lambda row: has_any(row, QUESTION_KEYS), lambda row: {"prompt": question(row)}, ("prompts",)),
 ]
 HOLDS = {"sft": "SFT conversations", "ranked": "ranked answers", "prompts": "prompts without answers",
          "text": "plain text"}
@@ -443,7 +459,7 @@ class WrongForm(BadRow):
 
 
 def recognise(raw, want):
-    """A raw row -> (its Shape, its internal row). Raises BadRow."""
+    """A raw row -> (its Shape, its internal row with its `label` (verdict) and `unread` text). Raises BadRow."""
     if isinstance(raw, BadRow):
         raise raw
     if not isinstance(raw, dict):
@@ -456,7 +472,27 @@ def recognise(raw, want):
         raise BadRow("unknown keys", f"its keys are {keys or 'none'}")
     if shape is None:
         raise WrongForm(f"holds {HOLDS[other.gives[0]]} ({other.name})")
-    return shape, shape.convert(row)
+    reading = Reading(row)
+    internal = shape.convert(reading)
+    internal["label"] = verdict(row) if shape.gives[0] == "sft" else None
+    internal["unread"] = {key: value for key, value in row.items()
+                          if key not in reading.read and key not in KEPT_KEYS and wordy(value)}
+    return shape, internal
+
+
+def wordy(value, depth=3):
+    """Does a value hold words, and not only a name, a number or an address?"""
+    if isinstance(value, str):
+        return bool(WORDS.search(value[:200])) or not value.isascii()
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and any(wordy(part, depth - 1) for part in itertools.islice(inside, 20))
+
+
+def parts(internal, want):
+    """The internal rows in one: of a tree, of a task's instances, or itself. What is noted on one is noted on all."""
+    rows = tree_rows(internal["tree"], want) if "tree" in internal else internal.get("rows", [internal])
+    shared = {"label": internal["label"], "unread": internal["unread"], "notes": {}}
+    return [{**row, **shared} for row in rows]
 
 
 # ---- from an internal row to the wanted form ----
@@ -470,8 +506,8 @@ def in_order(messages, last):
                 continue
             raise BadRow("empty answer" if message["role"] == "assistant" else "empty message")
         if out and out[-1]["role"] == message["role"]:
-            if message["role"] == "assistant" and out[-1].get("loss_weight") != message.get("loss_weight"):
-                raise BadRow("assistant's turns to be joined have different loss_weight")
+            if out[-1].get("loss_weight", 1) != message.get("loss_weight", 1):
+                raise BadRow("assistant's turns to be joined have different weights")
             message = {**message, "content": out[-1]["content"] + "\n\n" + message["content"]}
             out.pop()
         out.append(message)
@@ -525,9 +561,12 @@ def cast(internal, want, merge_system=False, score="score"):
             return {"prompt": prompt}
         return {"messages": prompt + [{"role": "assistant", "content": best["text"]}]}
     if want == "sft":
-        if internal.get("label") is False:
-            raise BadRow("labelled as a bad answer")
-        return {"messages": fold(in_order(internal["messages"], "assistant"))}
+        if internal.get("label") in ("bad", "zero"):
+            raise BadRow(BAD_ANSWER)
+        messages = fold(in_order(internal["messages"], "assistant"))
+        if not any(message.get("loss_weight", 1) for message in messages if message["role"] == "assistant"):
+            raise BadRow("no answer to learn from: all have weight 0")
+        return {"messages": messages}
     messages = internal["prompt"] if "prompt" in internal else internal["messages"]
     if "messages" in internal and messages and messages[-1]["role"] == "assistant":
         messages = in_order(messages, "assistant")[:-1]
@@ -537,12 +576,49 @@ def cast(internal, want, merge_system=False, score="score"):
 
 def finished(internal, raw, want, merge_system, score):
     """cast, the kept keys of the raw row, and a look at every string that will be tokenized."""
+    trim(internal)
     row = cast(internal, want, merge_system, score)
     row |= {key: raw[key] for key in KEPT_KEYS if isinstance(raw.get(key), str)}
     texts = [value for value in row.values() if isinstance(value, str)] + row.get("follow_ups", [])
     texts += [message["content"] for message in row.get("messages", row.get("prompt", []))]
-    check_texts(texts + [answer["text"] for answer in row.get("answers", [])])
+    texts += [answer["text"] for answer in row.get("answers", [])]
+    check_texts(texts)
+    look(internal, row, texts)
     return row
+
+
+def end_marks(text):
+    """What models are told to end with, where it stands in a text. <s>...</s> is HTML."""
+    if not (">" in text or "###" in text):  # in most texts, and much faster than the search
+        return []
+    return [mark for mark in END_MARK.finditer(text) if mark[0] != "</s>" or "<s>" not in text]
+
+
+def trim(internal):
+    """Takes the end marks off an internal row's answers, where a template left them: a renderer sets its own."""
+    for turn in [*internal.get("messages", ()), *internal.get("prompt", ()), *internal.get("answers", ())]:
+        key = "text" if "text" in turn else "content"
+        text, found = turn[key], end_marks(turn[key]) if turn.get("role", "assistant") == "assistant" else []
+        while found and not text[found[-1].end():].strip():
+            internal.setdefault("notes", {})["an end mark behind an answer is taken off"] = found[-1][0]
+            text = text[:found.pop().start()].rstrip()
+        turn[key] = text
+
+
+def look(internal, row, texts):
+    """Notes on an internal row what in its text may be wrong: {what: an example}."""
+    notes = internal.setdefault("notes", {})
+    for text in texts:
+        if "{{" in text and (found := PLACEHOLDER.search(text)):
+            notes.setdefault("a placeholder that nobody filled in", found[0])
+        if found := end_marks(text):
+            notes.setdefault("an end mark inside a text", found[0][0])
+    weights = {message.get("loss_weight", 1) for message in row.get("messages", ())} - {0, 1}
+    if weights:
+        notes["a weight other than 0 and 1 counts as 1"] = f"{min(weights):g}"
+    for key, value in internal.get("unread", {}).items():
+        if not (isinstance(value, str) and any(value.strip() in text for text in texts)):
+            notes.setdefault(f"text under {shown(key)} is not used", "")
 
 
 def check_texts(texts):

@@ -129,7 +129,9 @@ def passes(raw, messages, subset, tok, config, report):
 def conversation(raw, report):
     """A raw row -> (its messages without a system prompt, ""), or (None, why not)."""
     try:
-        _, internal = recognise(raw, "sft")
+        shape, internal = recognise(raw, "sft")
+        if "messages" not in internal:
+            raise BadRow(f"no conversation: {shape.name}")
         messages = finished(internal, {}, "sft", True, "score")["messages"]
     except BadRow as bad:
         return None, f"{bad.reason} {bad.detail}".strip()

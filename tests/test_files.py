@@ -3,11 +3,19 @@ import copy
 import gzip
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
 
+import pretrain
+import reward
+import sft
 from data import files
+from data.pairs import load_ranked
+from data.clean import rows_of
+from data.tokenizer import get_tokenizer
+from island.world import Island
 from common.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -43,6 +51,7 @@ def pair(prompt, chosen, rejected):
     return {"prompt": prompt, "answers": [{"text": chosen, "score": 1.0}, {"text": rejected, "score": 0.0}]}
 
 
+ALPACA = "Below is an instruction that describes a task. Write a response."
 TALK = [u("hi"), a("yo")]
 HH = "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: more\n\nAssistant:"
 TWO = [u("hi"), a("yo"), u("more")]
@@ -54,7 +63,11 @@ SFT = [
     ("messages", {"messages": [s("")] + TALK}, TALK),
     ("messages", {"messages": [u([{"type": "text", "text": "h"}, {"type": "text", "value": "i"}]), a("yo")]}, TALK),
     ("messages", {"messages": [u("hi"), u("there"), a("yo")]}, [u("hi\n\nthere"), a("yo")]),
-    ("messages", {"messages": [u("hi"), a("yo") | {"loss_weight": 0}]}, [u("hi"), a("yo") | {"loss_weight": 0.0}]),
+    *[("messages", {"messages": TALK[:1] + [a("yo") | {key: value}] + [u("more") | {key: "any"}, a("end") | {key: 1}]},
+       TALK[:1] + [a("yo") | {"loss_weight": 0.0}, u("more"), a("end") | {"loss_weight": 1.0}])
+      for key, value in (("loss_weight", 0), ("weight", 0), ("weight", "0"), ("train", False))],
+    ("conversations", {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo", "weight": 1},
+                                         {"from": "gpt", "value": "so"}]}, [u("hi"), a("yo\n\nso")]),
     ("messages", {"messages": [u("hi"), a("    x = 1\n")]}, [u("hi"), a("    x = 1\n")]),  # indentation is content
     ("conversations", {"conversations": [{"from": "system", "value": "be kind"}, {"from": "human", "value": "hi"},
                                          {"from": "gpt", "value": "yo"}]}, [s("be kind")] + TALK),
@@ -68,7 +81,9 @@ SFT = [
     ("prompt/completion", {"prompt": "hi", "answer": "yo", "system": "be kind"}, [s("be kind")] + TALK),
     ("prompt/completion", {"prompt": "hi", "output": "yo", "label": "greeting"}, TALK),  # a label that judges nothing
     ("prompt/completion", {"prompt": [u("hi")], "completion": [a("yo")]}, TALK),
-    ("unpaired prompt/completion/label", {"prompt": "hi", "completion": "yo", "label": True}, TALK),
+    ("prompt/completion, judged", {"prompt": "hi", "completion": "yo", "label": True}, TALK),
+    ("question/answer, judged", {"question": "hi", "answer": "yo", "label": "1.0"}, TALK),
+    ("question/answer", {"question": "hi", "answer": "yo", "choices": ["yo", "no"], "label": 0}, TALK),  # an index
     ("alpaca", {"instruction": "say", "input": "yo", "output": "yo"}, [u("say\n\nyo"), a("yo")]),
     ("alpaca", {"instruction": "hi", "input": "", "output": "yo"}, TALK),
     ("alpaca", {"instruction": "hi", "input": " \n", "output": "yo"}, TALK),
@@ -77,6 +92,30 @@ SFT = [
      [s("be kind")] + TWO + [a("end")]),
     ("question/answer", {"question": "hi", "answer": "yo"}, TALK),
     ("question/answer", {"question": "hi", "best_answer": "yo", "category": "x"}, TALK),
+    ("question/answer", {"system_prompt": "be kind", "question": "hi", "response": "yo"}, [s("be kind")] + TALK),
+    ("question/answer", {"query": "more", "response": "end", "history": [["hi", "yo"]]}, TWO + [a("end")]),
+    ("question/answer", {"subject": "greeting", "input": "hi", "output": "yo"}, TALK),
+    ("question/answer", {"question": "hi", "question_ctx": "there", "answer": "yo"}, [u("hi\n\nthere"), a("yo")]),
+    ("question/answer", {"question": "hi", "question_ctx": "[removed]", "answer": "yo"}, TALK),
+    ("question/answer", {"question": "say hi there", "input": "hi", "answer": "yo"}, [u("say hi there"), a("yo")]),
+    ("alpaca", {"instruction": "hi", "input": "<noinput>", "context": "", "output": "yo"}, TALK),
+    ("alpaca", {"instruction": "hi", "input": "", "context": "there", "output": "yo"}, [u("hi\n\nthere"), a("yo")]),
+    ("prompt/completion", {"prompt": "Be kind. ### Human: hi ### Assistant: yo ### Human: more ### Assistant:",
+                           "output": "end"}, [s("Be kind.")] + TWO + [a("end")]),
+    ("prompt/completion", {"prompt": "Shorten: ### Human: hi ### Assistant: yo", "output": "end"},
+     [u("Shorten: ### Human: hi ### Assistant: yo"), a("end")]),  # it asks for no answer, so it is about a transcript
+    ("prompt/completion", {"prompt": ALPACA + "\n\n### Instruction:\nhi\n\n### Response:", "answer": "yo"}, TALK),
+    ("prompt/completion", {"prompt": (ALPACA + "\n\n### Instruction:\nsay\n\n### Input:\nhi\n\n### Response:\n")
+                           .replace("\n", "\r\n"), "answer": "yo"}, [u("say\n\nhi"), a("yo")]),
+    ("prompt/completion", {"prompt": "### Instruction:\nhi\n\n### Input:\n\n### Response:", "answer": "yo"}, TALK),
+    ("transcript", {"text": ALPACA + "\n\n### Instruction:\nhi\n\n### Response:\nyo"}, TALK),
+    ("transcript", {"text": "### Human: hi### Assistant: ### Input: 1\n\nHuman: 2"},
+     [u("hi"), a("### Input: 1\n\nHuman: 2")]),  # another transcript's marks are the answer's own words
+    *[("prompt/completion", {"prompt": "hi", "completion": f"yo{end}"}, TALK)
+      for end in ("</s>", " </s>\n", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>", "###eos_token###")],
+    ("prompt/completion", {"prompt": "hi", "completion": "<s>yo</s>"}, [u("hi"), a("<s>yo</s>")]),  # HTML
+    ("transcript", {"text": "### Human: hi### Assistant: yo</s>### Human: more### Assistant: end</s>"},
+     TWO + [a("end")]),
     ("transcript", {"text": "### Human: hi### Assistant: yo"}, TALK),
     ("transcript", {"text": "Be kind.\n### Human: hi\n### Assistant:\nyo"}, [s("Be kind.")] + TALK),
     ("transcript", {"text": HH + "     end\n"}, TWO + [a("    end\n")]),  # one blank belongs to the marker
@@ -140,6 +179,8 @@ PROMPTS = [
     ("turns", {"question_id": 81, "category": "writing", "turns": ["hi", "more"]},
      {"prompt": [u("hi")], "follow_ups": ["more"], "category": "writing"}),
     ("messages", {"messages": TWO}, {"prompt": TWO}),
+    ("prompt", {"prompt": "Be kind.\n\nHuman: hi\n\nAssistant:"}, {"prompt": [s("Be kind."), u("hi")]}),
+    ("prompt", {"input": "hi"}, {"prompt": [u("hi")]}),
 ]
 
 
@@ -194,13 +235,106 @@ def test_one_answer_can_be_imitated_but_not_compared(tmp_path):
     assert len(rows) == 1 and report.dropped == {"fewer than two answers": (2, 1)}
 
 
-def test_a_bad_label_is_never_imitated(tmp_path):
-    rows = [{"prompt": "q", "completion": text, "label": text == "good"} for text in ("good", "bad", "bad", "bad")]
-    kept, report = files.load(put(tmp_path, rows), "sft")
-    assert [row["messages"][-1] for row in kept] == [a("good")]
-    assert report.dropped == {"labelled as a bad answer": (3, 2)}
-    with pytest.raises(UserError, match="unpaired.*needs several answers"):
+def thumbs(labels, **more):
+    return [{"prompt": f"q{i}", "completion": f"x{i}", "label": label, **more} for i, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize("good, bad", [(True, False), (1, 0), (1.0, 0.0), ("1", "0"), ("TRUE", "False"), (1, -1)])
+def test_a_bad_answer_is_never_imitated(tmp_path, good, bad):
+    rows = thumbs([good, bad, bad, bad])
+    flat = [{"question": row["prompt"], "answer": row["completion"], "label": row["label"]} for row in rows]
+    talks = [{"messages": [u(row["prompt"]), a(row["completion"])], "label": row["label"]} for row in rows]
+    alpaca = [{"instruction": row["prompt"], "output": row["completion"], "kto_tag": row["label"]} for row in rows]
+    for form in (rows, flat, talks, alpaca):
+        kept, report = files.load(put(tmp_path, form), "sft")
+        assert [row["messages"][-1] for row in kept] == [a("x0")]
+        assert report.dropped == {"labelled as a bad answer": (3, 2)} and report.used == 1
+        assert len(files.load(put(tmp_path, form), "prompts")[0]) == 4  # it may still be asked
+    with pytest.raises(UserError, match="holds SFT.*needs several answers"):
         files.load(put(tmp_path, rows), "ranked")
+    with pytest.raises(UserError, match="none of its 3 rows can be used; most often: labelled as a bad answer.*rename"):
+        files.load(put(tmp_path, rows[1:]), "sft")
+
+
+def test_a_label_with_other_values_is_a_class_and_no_verdict(tmp_path):
+    for labels in ([0, 1, 2, 3] * 5, ["spam", "no", "0", "1"] * 5, [0.0, 0.5, 1.0, 1.5] * 5):
+        rows, report = files.load(put(tmp_path, thumbs(labels)), "sft")
+        assert [row["messages"][1]["content"] for row in rows] == [f"x{i}" for i in range(20)]
+        assert report.dropped == {} and "20 kept (prompt/completion)" in str(report)
+        assert "look: a label is taken for a class of something, not for a bad answer (5 rows, first" in str(report)
+
+
+def test_false_is_a_verdict_beside_any_labels(tmp_path):
+    kept, report = files.load(put(tmp_path, thumbs([True, "greeting", "greeting", False])), "sft")
+    assert len(kept) == 3 and report.dropped == {"labelled as a bad answer": (1, 4)}
+
+
+def test_one_odd_label_does_not_make_a_class_of_the_others(tmp_path):
+    rows = thumbs([1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 1, 2]) + [{"prompt": "hi", "completion": "yo"}] + thumbs([None])
+    kept, report = files.load(put(tmp_path, rows), "sft")
+    assert report.dropped == {"labelled as a bad answer": (5, 2), "a label that is no verdict": (1, 13)}
+    assert report.shapes == {"prompt/completion, judged": 7, "prompt/completion": 2} and len(kept) == 9
+
+
+SEED_TASK = {"id": "1", "instruction": "greet", "instances": [{"input": "Ann", "output": "hi Ann"},
+                                                              {"input": "", "output": "hi"}]}
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv"])
+def test_a_task_with_instances_gives_a_row_each(tmp_path, name):
+    talks = [[u("greet\n\nAnn"), a("hi Ann")], [u("greet"), a("hi")]]
+    path = put(tmp_path, [SEED_TASK], name)
+    if name == "x.csv":
+        cell = json.dumps(SEED_TASK["instances"]).replace('"', '""')
+        path.write_text(f'instruction,instances\ngreet,"{cell}"\n')
+    rows, report = files.load(path, "sft")
+    assert rows == [{"messages": talk} for talk in talks]
+    assert (report.read, report.used, report.kept) == (1, 1, 2) and report.notes == {}
+    assert [row["prompt"] for row in files.load(path, "prompts")[0]] == [talk[:1] for talk in talks]
+    for broken in ([], "x", [3], [{"output": ""}]):
+        assert files.load(put(tmp_path, [SEED_TASK, SEED_TASK | {"instances": broken}]), "sft")[1].used == 1
+    assert list(files.stream(put(tmp_path, [SEED_TASK]), lambda raw: rows_of(raw, ("sft",)), ""))[0][1] == rows
+
+
+def notes_on(tmp_path, row, want="sft"):
+    """What the report says of a file in which only the second of three rows is `row`."""
+    report = files.load(put(tmp_path, [GOOD[0], row, GOOD[0]] if want == "sft" else [row]), want)[1]
+    assert report.read == report.kept
+    return [line.strip() for line in str(report).split("\n")[1:]]
+
+
+def test_the_report_says_which_text_was_not_used(tmp_path):
+    row = {"question": "hi", "answer": "yo", "id": "1-2", "claims": ["It is so.", "It is."], "n": 3, "source": "a b",
+           "note": {"by": "a friend"}, "lang": "en", "label": 1, "input": "", "again": " hi", "empty": " ", "nul": None}
+    assert notes_on(tmp_path, row) == [f"look: text under {key!r} is not used (1 row, first: row 2)"
+                                       for key in ("claims", "note")]
+    row = {"prompt": "hi", "chosen": "yo", "rejected": "oh no", "input": "hi", "text": "a title"}
+    assert notes_on(tmp_path, row, "prompts") == ["look: text under 'text' is not used (1 row, first: row 1)"]
+    row = {"instruction": "hi", "instances": [{"input": "x", "output": "yo"}], "system": "be kind", "other": ["h i"]}
+    assert notes_on(tmp_path, row) == ["look: text under 'other' is not used (1 row, first: row 2)"]
+    assert notes_on(tmp_path, {"title": "of a page", "text": "yo"}, "text") == [
+        "look: text under 'title' is not used (1 row, first: row 1)"]
+
+
+def test_the_report_warns_of_placeholders_and_end_marks(tmp_path):
+    row = {"instruction": "hi", "output": "I am {{ name }} by {{author}}."}
+    assert notes_on(tmp_path, row) == ["look: a placeholder that nobody filled in (1 row, first: row 2, {{ name }})"]
+    for mark in ("</s>", "<|im_end|>", "<|endoftext|>", "###eos_token###"):
+        row = {"prompt": "hi", "completion": f"yo{mark} so"}
+        assert notes_on(tmp_path, row) == [f"look: an end mark inside a text (1 row, first: row 2, {mark})"]
+        row = {"prompt": "hi", "completion": f"yo{mark}"}
+        taken = "look: an end mark behind an answer is taken off (1 row, first: row"
+        assert notes_on(tmp_path, row) == [f"{taken} 2, {mark})"]
+    row = {"prompt": "hi", "chosen": "yo</s>", "rejected": "no</s>"}
+    assert files.load(put(tmp_path, [row]), "ranked")[0] == [pair([u("hi")], "yo", "no")]
+    assert notes_on(tmp_path, row, "ranked") == [f"{taken} 1, </s>)"]
+    text = {"text": "one<|endoftext|>two<|endoftext|>"}  # plain text is kept to the letter
+    assert load_one(tmp_path, text, "text")[0] == text
+    assert notes_on(tmp_path, text, "text") == [
+        "look: an end mark inside a text (1 row, first: row 1, <|endoftext|>)"]
+    assert notes_on(tmp_path, {"prompt": "A < B > C ## D", "completion": "{a: {b: {}}}"}) == []
+    talk = {"messages": [u("hi"), a("yo") | {"weight": 0.5}]}
+    assert notes_on(tmp_path, talk) == ["look: a weight other than 0 and 1 counts as 1 (1 row, first: row 2, 0.5)"]
 
 
 def node(name, role, text, rank=None, replies=(), **more):
@@ -263,6 +397,9 @@ BAD = [
     ("not an object with keys", "[1, 2]"),
     ("unknown keys", {"foo": 1}),
     ("empty answer", {"prompt": "hi", "completion": " \n"}),
+    ("empty answer", {"prompt": "hi", "completion": "</s>"}),
+    ("history is not a list of pairs", {"prompt": "hi", "completion": "yo", "history": "more"}),
+    ("input is not text", {"instruction": "hi", "input": 3, "output": "yo"}),
     ("empty message", {"prompt": "", "completion": "yo"}),
     ("a message is not text", {"messages": [u(3), a("yo")]}),
     ("a message is not text", {"messages": [u([{"type": "image_url"}]), a("yo")]}),
@@ -272,8 +409,10 @@ BAD = [
     ("does not begin with the user", {"messages": [a("yo"), u("hi"), a("yo")]}),
     ("does not end with the assistant", {"messages": TWO}),
     ("a system turn in the middle", {"messages": TALK + [s("be kind"), u("hi"), a("yo")]}),
-    ("loss_weight is not a number", {"messages": [u("hi"), a("yo") | {"loss_weight": "x"}]}),
-    ("assistant's turns to be joined have different loss_weight",
+    ("loss_weight is no number from 0", {"messages": [u("hi"), a("yo") | {"loss_weight": "x"}]}),
+    ("weight is no number from 0", {"messages": [u("hi"), a("yo") | {"weight": -1}]}),
+    ("no answer to learn from: all have weight 0", {"messages": [u("hi"), a("yo") | {"weight": 0}]}),
+    ("assistant's turns to be joined have different weights",
      {"messages": [u("hi"), a("yo") | {"loss_weight": 0}, a("yo") | {"loss_weight": 1}]}),
     ("chosen and rejected without a prompt", {"chosen": "yo", "rejected": "no"}),
     ("chosen and rejected differ before their last answer",
@@ -382,6 +521,71 @@ def test_csv_rows_of_the_wrong_width_and_line_breaks_in_cells(tmp_path):
     assert report.dropped == {"wrong number of columns": (2, 2)}
 
 
+def pairs_in(tmp_path, name, text):
+    """A CSV's rows as (question, answer), and the report."""
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    rows, report = files.load(path, "sft")
+    assert report.read == report.used + sum(count for count, _ in report.dropped.values())
+    return [tuple(message["content"] for message in row["messages"]) for row in rows], report
+
+
+def test_an_unquoted_tsv_keeps_its_quotes(tmp_path):
+    cells = [("a", "b"), ('"Yes," he said.', "ok"), ("c", 'd "e"'), ('"open', "f"), ("g", '"h'), ('"i"', "j")]
+    text = "\r\n".join(map("\t".join, [("prompt", "completion"), *cells]))
+    rows, report = pairs_in(tmp_path, "x.tsv", text)
+    assert rows == cells and (report.read, report.dropped) == (6, {})
+    assert pairs_in(tmp_path, "y.csv", text)[0] == cells  # commas and tabs are seen in the header
+    assert pairs_in(tmp_path, "x.csv", text.replace("\t", ";"))[0] == cells
+
+
+def test_a_quoted_tsv_is_one(tmp_path):
+    text = '"prompt"\t"completion"\n"a\tb"\t"c\n""d"""\n\n"e"\t"f\n\n\tg"\nh\t5"\n'
+    rows = [("a\tb", 'c\n"d"'), ("e", "f\n\n\tg"), ("h", '5"')]
+    assert pairs_in(tmp_path, "x.tsv", text)[0] == rows
+    commas = [tuple(cell.replace("\t", ",") for cell in row) for row in rows]
+    assert pairs_in(tmp_path, "x.csv", text.replace("\t", ","))[0] == commas
+    assert pairs_in(tmp_path, "x.csv", text.replace("\n", "\r\n").replace("\t", ","))[1].dropped == {}
+
+
+def test_a_quote_that_does_not_close_swallows_nothing_unsaid(tmp_path):
+    good = [(f"a, {i}", f'b "{i}"') for i in range(20)]
+    lines = [",".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in good]
+    for place in (0, 7, 20):  # a stray quote costs its own line, wherever the next quote stands
+        text = "\n".join(["prompt,completion", *lines[:place], '"stray,x', "u,v", "w,x", *lines[place:]])
+        rows, report = pairs_in(tmp_path, "x.csv", text)
+        assert rows == good[:place] + [("u", "v"), ("w", "x")] + good[place:]
+        assert report.read == 23 and report.dropped == {"not valid CSV": (1, place + 1)}
+    text = "\n".join(["prompt,completion", *lines, '"a cell that', "never, ends", "here,x", "so"])
+    rows, report = pairs_in(tmp_path, "x.csv", text)  # its lines are no rows
+    assert rows == good and report.read == 24 and report.dropped == {"not valid CSV": (4, 21)}
+    text = "\n".join(["prompt,completion", *lines, '"a" b,"c', 'd" e,"f"', *lines])
+    assert pairs_in(tmp_path, "x.csv", text)[1].dropped == {"not valid CSV": (2, 21)}
+    with pytest.raises(UserError, match="2 of its 3 rows are bad; most often: not valid CSV .2, first: row 2.*double"):
+        pairs_in(tmp_path, "x.csv", 'prompt,completion\n"a, b","c"\n"d, d" d,"e"\n"f, f" f,"g"\n')
+
+
+@pytest.mark.parametrize("name, comma, header", [("x.csv", ",", "{}"), ("x.tsv", "\t", '"{}"')])
+def test_one_broken_line_does_not_put_quotes_around_all_others(tmp_path, name, comma, header):
+    rows = [(f"a{i}", "b") for i in range(30 if header == "{}" else 3)]
+    lines = [comma.join(map(header.format, ("prompt", "completion")))]
+    lines += [comma.join(map('"{}"'.format, row)) for row in rows]
+    got, report = pairs_in(tmp_path, name, "\n".join([*lines, f'"stray{comma}x']))
+    assert got == rows and report.dropped == {"not valid CSV": (1, len(rows) + 1)}
+
+
+def test_a_header_with_a_stray_quote_still_names_the_columns(tmp_path):
+    rows, report = pairs_in(tmp_path, "x.csv", 'prompt,completion,"note\nhi,yo,\nmore,end,x\n')
+    assert rows == [("hi", "yo"), ("more", "end")] and report.read == 2
+
+
+def test_cells_hold_what_they_hold(tmp_path):
+    text = "prompt,completion,label,weight,note\nhi,yo,1,0,\nmore,end,0,,\n ,x,1,,\nhi,there,,1,a b\n"
+    rows, report = pairs_in(tmp_path, "x.csv", text)
+    assert rows == [("hi", "yo"), ("hi", "there")]
+    assert report.dropped == {"labelled as a bad answer": (1, 2), "empty message": (1, 3)}
+
+
 def test_a_line_that_is_too_long_costs_one_row(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LIMIT", 1000)
     rows = [{"prompt": "hi", "completion": "x" * n} for n in (5, 3000, 5)]
@@ -438,16 +642,67 @@ def test_a_directory_and_no_permission(tmp_path, monkeypatch):
 
 
 def test_hold_out_is_seeded_disjoint_and_keeps_the_order():
-    rows = [{"id": i} for i in range(1000)]
+    rows, number = [{"text": str(i)} for i in range(1000)], lambda row: int(row["text"])
     train, held = files.hold_out(rows, 0.1, seed=3)
-    assert len(held) == 100 and sorted(train + held, key=lambda row: row["id"]) == rows
-    assert all(part == sorted(part, key=lambda row: row["id"]) for part in (train, held))
+    assert len(held) == 100 and sorted(train + held, key=number) == rows
+    assert all(part == sorted(part, key=number) for part in (train, held))
     assert files.hold_out(rows, 0.1, seed=3) == (train, held) != files.hold_out(rows, 0.1, seed=4)
-    assert [row["id"] for row in held[:4]] == [13, 15, 29, 31]  # the same in every process
+    assert [number(row) for row in held[:4]] == [13, 15, 29, 31]  # the same in every process
     assert len(files.hold_out(rows, 0.9)[1]) == 500 and len(files.hold_out(rows[:3], 0.1)[1]) == 1
     assert files.hold_out(rows, 0, at_least=0) == (rows, [])
-    with pytest.raises(UserError, match="too few"):
+    with pytest.raises(UserError, match="^1 row is too few to hold 1 out"):
         files.hold_out(rows[:1])
+    with pytest.raises(UserError, match="^3 rows are too few to hold 3 out"):
+        files.hold_out(rows[:3], at_least=3)
+
+
+@pytest.mark.parametrize("row", [
+    lambda i: {"messages": [s("be kind"), u(f"q{i // 4}"), a(f"x{i}")]},
+    lambda i: {"messages": [u(("Q%d ", "q%d\n")[i % 2] % (i // 4)), a("yo"), u(f"more{i}"), a("end")]},
+    lambda i: {"prompt": [u(f"q{i // 4}")], "answers": [{"text": f"x{i}", "score": 1.0}, {"text": "no", "score": 0.0}]},
+    lambda i: {"prompt": [s(f"{i}"), u(f"q{i // 4}")]},
+    lambda i: {"text": f"q{i // 4}"}])
+def test_rows_that_ask_the_same_are_held_out_together(row):
+    rows, said = [row(i) | {"id": i} for i in range(80)], []
+    for seed in range(9):
+        train, held = files.hold_out(rows, seed=seed, say=said.append)
+        ids = {r["id"] for r in held}
+        assert len(held) == 8 and len(train) == 72 and ids == {4 * (i // 4) + k for i in ids for k in range(4)}
+    assert said == ["80 of 80 rows share their question or text with others: 8 rows of 2 groups are held out"] * 9
+    with pytest.raises(UserError, match="^all 4 rows share one question or text, so none can be held out.*add"):
+        files.hold_out(rows[:4])
+
+
+def test_a_large_group_stays_in_training_and_the_share_is_met_by_others():
+    rows = [{"text": str(max(i, 900))} for i in range(1000)]  # 901 rows are the same
+    said = []
+    for seed in range(9):
+        train, held = files.hold_out(rows, 0.05, seed=seed, say=said.append)
+        assert len(held) == 50 and {row["text"] for row in held} < {str(i) for i in range(901, 1000)}
+    assert said[0].startswith("901 of 1,000 rows share")
+    train, held = files.hold_out([{"text": "a"}] * 50 + [{"text": "b"}] * 30)  # none fits: the smaller one, whole
+    assert held == [{"text": "b"}] * 30 and train == [{"text": "a"}] * 50
+
+
+def test_every_stage_holds_out_by_question_and_text(tmp_path):
+    numbers, said, tok = [i // 10 for i in range(200)], [], get_tokenizer("tiny")
+    path = put(tmp_path, [{"prompt": f"q{i}", "chosen": "yo", "rejected": "no"} for i in numbers])
+    asked = lambda rows: {message["content"] for row in rows for message in row.get("messages", row.get("prompt"))[:1]}
+    for train, held, _ in (sft.load_data(sft.Config(data=str(path)), said.append),
+                           load_ranked(reward.Config(data=str(path)), Island, said.append)):
+        assert len(held) == 20 and len(asked(held)) == 2 and not asked(train) & asked(held)
+        assert "200 of 200 rows share their question" in said[-1]
+    path = put(tmp_path, [{"text": f"{i} trees"} for i in numbers])
+    train, held = (set(tok.decode(ids.tolist()).split()) for ids in
+                   pretrain.load_text(pretrain.Config(data=str(path)), tok))
+    assert len(held) == 2 + 1 and train & held == {"trees"}
+
+
+def test_holding_out_takes_time_in_proportion_to_the_rows():
+    rows = [{"messages": [u(f"q{i % 70_000}"), a("yo")]} for i in range(100_000)]
+    began = time.process_time()
+    train, held = files.hold_out(rows)
+    assert len(held) == 500 and len(train) == 99_500 and time.process_time() - began < 5
 
 
 def damaged(rng, row):
@@ -481,7 +736,8 @@ def damaged(rng, row):
 def test_fuzz_ends_in_counts_or_in_one_sentence(tmp_path, want):
     """10,000 damaged rows over the four forms, in small files (so that many end well) and of every shape."""
     rng = random.Random(1)
-    seeds = [row for _, row, _ in SFT + RANKED + PROMPTS] + [TREE, {"text": "plain"}] + list(flattened(TREE["prompt"]))
+    seeds = [row for _, row, _ in SFT + RANKED + PROMPTS] + [TREE, {"text": "plain"}, SEED_TASK]
+    seeds += flattened(TREE["prompt"])
     ended_well = 0
     for i in range(50):
         lines = [damaged(rng, rng.choice(seeds)) for _ in range(50)]
@@ -516,3 +772,23 @@ def test_real_files(name, want, read, kept):
         scores = [[answer["score"] for answer in row["answers"]] for row in rows]
         assert {len(s) for s in scores} == {2, 3, 4, 5, 6, 8, 9}
         assert sum(x != y for s in scores for i, x in enumerate(s) for y in s[:i]) == 754
+
+
+@pytest.mark.parametrize("name, kept, dropped, looks", [
+    ("arc_challenge_pairs.jsonl", 10, {"labelled as a bad answer": (10, 2)}, []),
+    ("dolly.jsonl", 15, {}, ["an end mark behind an answer is taken off"]),
+    ("oa_questions.jsonl", 20, {}, ["text under 'text' is not used"]),
+    ("seed_tasks.jsonl", 15, {}, []),
+    ("eli5_thinkcite.json", 10, {}, ["text under 'claims' is not used"]),
+    ("identity.json", 8, {}, ["a placeholder that nobody filled in"])])
+def test_real_rows_of_every_shape(name, kept, dropped, looks):
+    path = SHARED / "shapes" / name
+    if not path.exists():
+        pytest.skip("../shared/data/shapes is not here")
+    rows, report = files.load(path, "sft")
+    assert (len(rows), report.dropped, list(report.notes)) == (kept, dropped, looks)
+    said = [message["content"] for row in rows for message in row["messages"]]
+    assert not any(mark in text for text in said for mark in ("### ", "###eos", "Below is an instruction"))
+    if name == "seed_tasks.jsonl":
+        raw = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        assert all(task["instances"][0]["input"] in row["messages"][0]["content"] for task, row in zip(raw, rows))

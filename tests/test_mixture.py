@@ -138,6 +138,7 @@ def test_parquet_is_read_in_the_hub_s_folders(tmp_path):
 
 @pytest.mark.parametrize("content, sentence", [
     ('{"text": "no conversation"}\n' * 3, "holds no conversation in its 3 rows.*needs messages"),
+    ('{"prompt": "hi", "chosen": "yo", "rejected": "no"}\n' * 3, "holds no conversation in its 3 rows"),
     ("", "is empty"),
     ('{"messages": \n', "not valid JSON"),
 ])
