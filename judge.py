@@ -3,7 +3,8 @@ model and the island's gold judge are asked in the same words, and one parser re
 
     rating    1 to 10, from the first [[7]] of the judgment
     duel      asked twice, the second time with the answers swapped; a win is what wins in both orders, all else is a
-              tie: a judge who always likes the first answer says nothing about the answers
+              tie: a judge who always likes the first answer says nothing about the answers. Nobody is asked about two
+              answers that are the same: they tie
 
     judge = load_judge("gold", run)                    the island's gold judge: it knows the truth
     judge = load_judge("out/reward", run)              a reward model, or a weighted sum of several
@@ -96,6 +97,13 @@ def read_prompt(prompt):
             for name in whose or "AB":
                 conversations[name].append({"role": role, "content": text.removesuffix("\n")})
     return [conversations["A"], conversations["B"]] if "assistant A" in parts[::2] else [conversations["A"]]
+
+
+def settled(prompt):
+    """The judgment that needs no judge: of two last answers that are the same neither is better. None elsewhere."""
+    conversations = read_prompt(prompt) if prompt.startswith(COMPARE.partition("{")[0]) else []
+    same = len(conversations) == 2 and conversations[0][-1] == conversations[1][-1]
+    return "The two answers are the same, so nobody was asked. [[C]]" if same else None
 
 
 # ---- what a judge says -----------------------------------------------------------------------------------------------
@@ -299,7 +307,7 @@ def _ask(judge, rows, path, read, say):
             for row in tqdm(missing, desc=f"asking {judge.__name__}", leave=False, delay=1, dynamic_ncols=True,
                             mininterval=0.5 if sys.stderr.isatty() else 15):
                 if row["prompt"] not in known:
-                    known[row["prompt"]] = judge(row["prompt"])
+                    known[row["prompt"]] = settled(row["prompt"]) or judge(row["prompt"])
                 line = json.dumps({"judge": judge.__name__, **row, "judgment": known[row["prompt"]]})
                 file.write(line.encode() + b"\n")
                 file.flush()  # whatever happens next, this one is paid for
@@ -318,7 +326,8 @@ def _ask(judge, rows, path, read, say):
 
 def read_saved(path):
     """The saved judgments -> [{name: value for the FIELDS}, ...], and the bytes that they take: a line that was cut off
-    may stand behind them. No file: none. Raises UserError for a file that holds anything else."""
+    may stand behind them. What is `settled` is that, whatever a judge has said. No file: none. Raises UserError for a
+    file that holds anything else."""
     rows, size = [], 0
     try:
         for line in Path(path).read_bytes().splitlines(keepends=True) if Path(path).exists() else []:
@@ -327,7 +336,7 @@ def read_saved(path):
             row = json.loads(line)
             if not all(isinstance(row[name], kind) for name, kind in FIELDS.items()):
                 raise ValueError
-            rows.append(row)
+            rows.append(row | {"judgment": settled(row["prompt"]) or row["judgment"]})
             size += len(line)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}, line {len(rows) + 1} is no judgment, so the file is left alone: choose "
