@@ -50,7 +50,7 @@ def read_folder(folder):
                         "--tokenizer path/to/gpt2.tiktoken")
     try:
         content = _complete(content, settings)
-        special = {token["content"]: token["id"] for token in content["added_tokens"] if token["special"]}
+        special = _special(content)
         ranks = vocab_of(content) | {token["content"]: token["id"] for token in content["added_tokens"]}
         ranks = {token: i for token, i in ranks.items() if token not in special}
         why = obstacle(content, ranks)
@@ -103,6 +103,12 @@ def _complete(content, settings):
 def added_token(name, i):
     return {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
             "special": True}
+
+
+def _special(content):
+    """-> {token: id}. A byte such as <0x41> is text, though whoever trains with these may have to call them special."""
+    return {token["content"]: token["id"] for token in content["added_tokens"]
+            if token["special"] and not regex.fullmatch("<0x[0-9A-F]{2}>", token["content"])}
 
 
 def vocab_of(content):
@@ -265,7 +271,8 @@ def _library(path, content, why):
     spaced = [step for part in ("normalizer", "pre_tokenizer") for step in _steps(content, part)
               if step not in _steps(more, part)]
     encode = lambda engine: lambda text: engine.encode(_repaired(text), add_special_tokens=False).ids
-    return Engine(encode(first), first.decode, encode(other), other.decode,
+    decode = lambda engine: lambda ids: engine.decode(ids, skip_special_tokens=False)
+    return Engine(encode(first), decode(first), encode(other), decode(other),
                   after_special=any(step.get("prepend_scheme") != "first" for step in spaced),
                   doubled=any(step["type"] == "Prepend" for step in spaced))
 
@@ -277,7 +284,7 @@ def _repaired(text):
 
 def _unnamed(content):
     """content with names of special tokens that nobody can type, and without what cuts, pads or completes a text."""
-    secret = {token["content"]: uuid.uuid4().hex for token in content["added_tokens"] if token["special"]}
+    secret = {token: uuid.uuid4().hex for token in _special(content)}
     model, name = dict(content["model"]), lambda token: secret.get(token, token)
     if isinstance(model["vocab"], dict):
         model["vocab"] = {name(token): i for token, i in model["vocab"].items()}
