@@ -8,8 +8,10 @@
     mc2         TruthfulQA: what share of the probability of all choices do the true ones have?
 
 Nothing is generated, so a base model can be asked, and no judge is needed. But the number depends on how a question is
-put. So prompts and arithmetic are those of lm-evaluation-harness 0.4.13 (tests/parity checks both), except for what
-each document here begins with: the end-of-text token and the chat template's leading space.
+put. So prompts, their ids and the arithmetic are those of lm-evaluation-harness 0.4.13 (tests/parity checks all three):
+plain text, nothing before it and no chat format around it. Models that have learned to converse are asked the same way:
+so did the public leaderboard, and the rows of one table can be compared. Only the island's quiz is put in another one:
+its sentences are those of pretraining, so they stand as they stood there, after the end-of-text token and a space.
 
     python evaluate.py out/base out/sft --choices quiz
     python evaluate.py gpt2 --choices arc_challenge.jsonl --shots 25 --examples arc_train.jsonl
@@ -37,7 +39,6 @@ from data.shapes import BadRow, WrongForm, as_text, check_texts, has, shown
 from common.errors import UserError
 from common.tables import interval
 from model import token_logps
-from pretrain import text_stream
 
 HEADLINE = {"ARC": "acc_norm", "HellaSwag": "acc_norm", "MMLU": "acc_subjects", "TruthfulQA": "mc2",
             "plain": "acc", "island": "acc"}  # the measure that is quoted for a task
@@ -236,27 +237,36 @@ def context_of(question, pool, shots):
     return preface + "".join(f"{e.prompt} {e.choices[e.answer]}\n\n" for e in examples) + question.prompt
 
 
-def encode_pair(tok, context, choice):
-    """-> ids (T,) of a document that begins with the context, and how many of them, at its end, are the choice's.
+def encode_pair(tok, context, choice, document=False):
+    """-> ids of the context and the choice after it, and how many of them, at their end, are the choice's.
 
     Encoded together and split at the context's length, as the model would read them. Spaces at the end of the context
-    go to the choice: in these vocabularies a space is the beginning of the word after it.
+    go to the choice: in these vocabularies a space is the beginning of the word after it. Before the context stands
+    what transformers puts before every text, nothing or Llama's <s>; for no context at all the end-of-text token
+    stands. document: the context begins a document of pretraining, after end-of-text and the template's space.
     """
-    kept = context.rstrip()
-    ids = text_stream([f"{context} {choice}"], tok)  # (T,)
-    return ids, len(ids) - len(text_stream([kept], tok))
+    text, kept = f"{context} {choice}", context.rstrip()
+    if document:
+        ids, begun = (tok.document(part) for part in (text, kept))
+    else:
+        begun = tok.begin + tok.encode(kept) if kept else tok.begin or [tok.end_of_text]
+        ids = (tok.begin if kept else begun) + tok.encode(text)
+    return ids, len(ids) - len(begun)
 
 
 @torch.inference_mode()
 def loglikelihoods(model, tok, pairs, run, micro_tokens=16384):
     """[(context, choice), ...] -> [log p(choice | context), ...], summed over the choice's tokens, in nats.
 
-    A choice follows its context after one space. A context that is too long for the model loses its beginning, and how
-    many did is said. Raises UserError for a choice that alone is longer than the model's context.
+    A choice follows its context after one space; a third element may say that they are a document (encode_pair). A
+    context that is too long for the model loses its beginning, and how many did is said. Raises UserError for a choice
+    that alone is longer than the model's context, and for one without a token, which would be certain.
     """
     longest = model.config.block_size + 1  # the last token is only a target
     encoded = {pair: encode_pair(tok, *pair) for pair in dict.fromkeys(pairs)}
-    for (_, choice), (_, n) in encoded.items():
+    for (_, choice, *_), (_, n) in encoded.items():
+        if n < 1:
+            raise UserError(f"a choice has no token: {choice[:40]!r}")
         if n >= longest:
             raise UserError(f"a choice has {n} tokens, but the model reads {longest - 1} at a time: {choice[:40]!r}...")
     if cut := sum(len(ids) > longest for ids, _ in encoded.values()):
@@ -265,7 +275,7 @@ def loglikelihoods(model, tok, pairs, run, micro_tokens=16384):
     model.eval()
     parts = trainer.split(encoded, lambda pair: min(len(encoded[pair][0]), longest), micro_tokens)
     for part in tqdm(parts, "multiple choice", leave=False, disable=run.rank != 0):
-        rows = [(ids[-longest:].tolist(), n) for ids, n in map(encoded.get, part)]
+        rows = [(ids[-longest:], n) for ids, n in map(encoded.get, part)]
         ids, mask = trainer.pad([(ids, [0] * (len(ids) - n) + [1] * n) for ids, n in rows], run.device)
         with run.autocast():
             found |= zip(part, token_logps(model, ids, mask).sum(1).tolist())  # (B, T-1) -> (B,)
@@ -306,7 +316,8 @@ def evaluate(model, tok, questions, run, shots=0, dev=None, micro_tokens=16384):
     for question in dev or questions:
         pools.setdefault((question.task, question.subject), []).append(question)
     contexts = [context_of(q, pools.get((q.task, q.subject), ()), number.get(q.task, 0)) for q in questions]
-    pairs = [(context, choice) for q, context in zip(questions, contexts) for choice in q.candidates()]
+    pairs = [(context, choice, q.task == "island") for q, context in zip(questions, contexts)
+             for choice in q.candidates()]
     flat = iter(loglikelihoods(model, tok, pairs, run, micro_tokens))
     lls, rows = [[next(flat) for _ in q.candidates()] for q in questions], []
     for task in dict.fromkeys(q.task for q in questions):
@@ -323,8 +334,9 @@ def evaluate(model, tok, questions, run, shots=0, dev=None, micro_tokens=16384):
 
 
 def leaderboard_average(rows):
-    """The mean of the four headlines, as the Open LLM Leaderboard ranked models in 2023; None where one is missing."""
-    headlines = {row["task"]: row["headline"] for row in rows if row["headline"]}
-    if not set(LEADERBOARD) <= set(headlines):
+    """The mean of the four headlines, as the Open LLM Leaderboard ranked models in 2023; None where one is missing, or
+    there twice."""
+    headlines = [(row["task"], row["headline"][0]) for row in rows if row["headline"] and row["task"] in LEADERBOARD]
+    if sorted(task for task, _ in headlines) != sorted(LEADERBOARD):
         return None
-    return sum(headlines[task][0] for task in LEADERBOARD) / len(LEADERBOARD)
+    return sum(mean for _, mean in headlines) / len(LEADERBOARD)

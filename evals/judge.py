@@ -3,7 +3,8 @@ model and the island's gold judge are asked in the same words, and one parser re
 
     rating    1 to 10, from the first [[7]] of the judgment
     duel      asked twice, the second time with the answers swapped; a win is what wins in both orders, all else is a
-              tie: a judge who always likes the first answer says nothing about the answers
+              tie: a judge who always likes the first answer says nothing about the answers. Nobody is asked about two
+              answers that are the same: they tie
 
     judge = load_judge("gold", run)                    the island's gold judge: it knows the truth
     judge = load_judge("out/reward", run)              a reward model, or a weighted sum of several
@@ -94,6 +95,13 @@ def read_prompt(prompt):
             for name in whose or "AB":
                 conversations[name].append({"role": role, "content": text.removesuffix("\n")})
     return [conversations["A"], conversations["B"]] if "assistant A" in parts[::2] else [conversations["A"]]
+
+
+def settled(prompt):
+    """The judgment that needs no judge: of two last answers that are the same neither is better. None elsewhere."""
+    conversations = read_prompt(prompt) if prompt.startswith(COMPARE.partition("{")[0]) else []
+    same = len(conversations) == 2 and conversations[0][-1] == conversations[1][-1]
+    return "The two answers are the same, so nobody was asked. [[C]]" if same else None
 
 
 # ---- what a judge says -----------------------------------------------------------------------------------------------
@@ -283,8 +291,7 @@ def _ask(judge, rows, path, read, say):
 
     What `path` holds is not asked again: the same prompt has the same judgment, a changed answer makes a new prompt.
     """
-    ledger = Ledger(path, FIELDS, "judgment")
-    saved = ledger.rows
+    ledger, saved = saved_judgments(path)
     known = {row["prompt"]: row["judgment"] for row in saved if row["judge"] == judge.__name__}
     as_key = lambda row: (row["model"], row["id"], row["task"], row["prompt"])
     written = {as_key(row) for row in saved if row["judge"] == judge.__name__}
@@ -296,7 +303,7 @@ def _ask(judge, rows, path, read, say):
         for row in tqdm(missing, desc=f"asking {judge.__name__}", leave=False, delay=1, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 15):
             if row["prompt"] not in known:
-                known[row["prompt"]] = judge(row["prompt"])
+                known[row["prompt"]] = settled(row["prompt"]) or judge(row["prompt"])
             ledger.add({"judge": judge.__name__, **row, "judgment": known[row["prompt"]]})
     except KeyboardInterrupt:
         raise UserError(f"stopped; what was judged is in {path}: the same command goes on from there") from None
@@ -306,6 +313,12 @@ def _ask(judge, rows, path, read, say):
         say(f"{len(unread):,} of {len(rows):,} judgments hold no mark and are left out; the first begins: "
             f"{unread[0][:100]!r}")
     return judgments
+
+
+def saved_judgments(path):
+    """The ledger of judgments, and its rows. What is `settled` is that, whatever a judge has said."""
+    ledger = Ledger(path, FIELDS, "judgment")
+    return ledger, [row | {"judgment": settled(row["prompt"]) or row["judgment"]} for row in ledger.rows]
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -321,7 +334,7 @@ def main(config):
     rated, duels = [], []
     for path in config.files:
         groups = {}
-        for row in Ledger(path, FIELDS, "judgment").rows:  # where an answer was judged again, the later judgment counts
+        for row in saved_judgments(path)[1]:  # where an answer was judged again, the later judgment counts
             label = f"{row['model'] or path}, {row['judge']}"
             groups.setdefault(label, {})[row["task"], row["id"]] = row["judgment"]
         for label, said in groups.items():

@@ -251,24 +251,34 @@ CHOICES = {"acc": "acc", "acc_norm": "acc_norm", "acc_bytes": "acc_bytes", "mc2"
 
 
 def evaluate_choices(config, run):
-    """Each model on the quiz or on each file of --choices: a row a model and task, and the leaderboard's mean of four."""
+    """Each model on the quiz and on each file of --choices: a row a model, file and task, and the leaderboard's mean of
+    four where each of the four is there once."""
     if config.shots != "leaderboard" and not config.shots.isdecimal():
         raise UserError(f"--shots {config.shots}: give a number, or leaderboard")
     shots = choice.LEADERBOARD if config.shots == "leaderboard" else int(config.shots)
-    questions = []
+    sets = {}
     for path in map(str.strip, config.choices.split(",")):
-        questions += choice.island_quiz(Island(), config.n) if path == "quiz" else choice.load_questions(path, say=run.print)
+        if path in sets:
+            raise UserError(f"--choices {config.choices}: {path} is named twice")
+        quiz = path == "quiz"
+        sets[path] = choice.island_quiz(Island(), config.n) if quiz else choice.load_questions(path, say=run.print)
     dev = choice.load_questions(config.examples, least=1, say=run.print) if config.examples else None
     results, rows = {}, []
     for folder in config.folders:
         model, tok = load(folder).to(run.device).eval(), get_tokenizer(folder)
-        results[folder] = choice.evaluate(model, tok, questions, run, shots, dev, config.micro_tokens)
+        results[folder] = [{"file": path} | row for path, questions in sets.items()
+                           for row in choice.evaluate(model, tok, questions, run, shots, dev, config.micro_tokens)]
         for row in results[folder]:
-            rows.append([folder, row["task"], f"{row['n']:,}", *(cell(row.get(name), "share") for name in CHOICES)])
+            rows.append([folder, row["file"], row["task"], f"{row['n']:,}",
+                         *(cell(row.get(name), "share") for name in CHOICES)])
         average = choice.leaderboard_average(results[folder])
         if average is not None:
-            rows.append([folder, "mean of the four", "", *(f"{average:.1%}" if name == "headline" else "" for name in CHOICES)])
-    run.print(f"\nexamples before each question: {config.shots}\n" + table(["model", "task", "n", *CHOICES.values()], rows))
+            rows.append([folder, "", "mean of the four", "",
+                         *(f"{average:.1%}" if name == "headline" else "" for name in CHOICES)])
+    ways = ["questions are plain text, as lm-evaluation-harness asks them"] * (set(sets) != {"quiz"})
+    ways += ["the quiz continues documents, as in pretraining"] * ("quiz" in sets)
+    run.print("\n" + "; ".join([f"examples before each question: {config.shots}", *ways]) + "\n" +
+              table(["model", "file", "task", "n", *CHOICES.values()], rows))
     save(config, run, "choices", {"results": results})
     return results
 

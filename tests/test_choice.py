@@ -144,7 +144,7 @@ def record(monkeypatch, pairs):
     """No model: the shortest choice is the likeliest, and what was asked for is added to `pairs`."""
     def loglikelihoods(model, tok, asked, *rest):
         pairs.extend(asked)
-        return [-float(len(text)) for _, text in asked]
+        return [-float(len(text)) for _, text, _ in asked]
 
     monkeypatch.setattr(choice, "loglikelihoods", loglikelihoods)
 
@@ -173,7 +173,7 @@ def test_mmlu_names_the_subject_and_shows_its_own_examples(monkeypatch):
     record(monkeypatch, seen)
     evaluate(None, None, questions[:1], RUN, shots=2, dev=questions[::-1])
     assert seen[0] == ("The following are multiple choice questions (with answers) about high school art.\n\n"
-                       "Question: 2?\nAnswer: yes\n\nQuestion: 1?\nAnswer: no\n\nQuestion: 0?\nAnswer:", "yes")
+                       "Question: 2?\nAnswer: yes\n\nQuestion: 1?\nAnswer: no\n\nQuestion: 0?\nAnswer:", "yes", False)
     with pytest.raises(UserError, match="3 examples .* only 2 others of MMLU about law"):
         evaluate(None, None, questions[3:], RUN, shots=3)
 
@@ -183,10 +183,10 @@ def test_shots_of_each_task(monkeypatch):
     questions, seen = numbered(3) + numbered(3, "HellaSwag") + numbered(3, "island"), []
     record(monkeypatch, seen)
     evaluate(None, None, questions, RUN, shots=1)
-    assert [context.count("Question") for context, _ in seen[::6]] == [2, 2, 1]
+    assert [context.count("Question") for context, *_ in seen[::6]] == [2, 2, 1]
     seen.clear()
     evaluate(None, None, questions, RUN, shots={"plain": 2})
-    assert [context.count("Question") for context, _ in seen[::6]] == [3, 1, 1]
+    assert [context.count("Question") for context, *_ in seen[::6]] == [3, 1, 1]
 
 
 # ---- the split and the log-probability -------------------------------------------------------------------------------
@@ -194,9 +194,30 @@ def test_shots_of_each_task(monkeypatch):
 @pytest.mark.parametrize("context, text", [("Question: Who?\nAnswer:", "Mabel"), ("Mabel eats", "plum pie."),
                                            ("a ", "b"), ("It is 1", "2"), ("(", "x)"), ("no\n", "yes")])
 def test_split_of_context_and_choice(tok, context, text):
-    ids, n = encode_pair(tok, context, text)
-    assert ids.tolist() == [tok.end_of_text] + tok.encode(f" {context} {text}")
-    assert tok.decode(ids[-n:].tolist()) == f"{context[len(context.rstrip()):]} {text}"
+    """Nothing stands before the context, not even a space; in a document end-of-text and the template's space do."""
+    for document, before, lead in ((False, [], ""), (True, [tok.end_of_text], " ")):
+        ids, n = encode_pair(tok, context, text, document)
+        assert ids == before + tok.encode(f"{lead}{context} {text}")
+        assert tok.decode(ids[-n:]) == f"{context[len(context.rstrip()):]} {text}"
+
+
+@pytest.mark.parametrize("context", ["", " ", "\n"])
+def test_an_empty_context_is_the_end_of_text(tok, context):
+    ids, n = encode_pair(tok, context, "Mabel")
+    assert ids == [tok.end_of_text] + tok.encode(f"{context} Mabel") and n == len(ids) - 1
+
+
+def test_what_a_tokenizer_puts_before_a_text_stands_before_the_context(tok, monkeypatch):
+    monkeypatch.setattr(tok, "begin", [7])  # as Llama's <s>
+    assert encode_pair(tok, "Mabel eats", "pie.") == ([7] + tok.encode("Mabel eats pie."), len(tok.encode(" pie.")))
+    assert encode_pair(tok, "", "pie.") == ([7] + tok.encode(" pie."), len(tok.encode(" pie.")))
+
+
+def test_only_the_island_continues_a_document(monkeypatch):
+    seen = []
+    record(monkeypatch, seen)
+    evaluate(None, None, numbered(1) + numbered(1, "island"), RUN)
+    assert [document for *_, document in seen] == [False, False, True, True]
 
 
 def by_hand(model, ids, n):
@@ -220,7 +241,7 @@ def test_loglikelihood_by_hand(model, tok, micro_tokens):
     model.eval()
     for (context, text), ll in zip(PAIRS, found, strict=True):
         answer = tok.encode(f" {text}")
-        ids = [tok.end_of_text] + tok.encode(f" {context}") + answer
+        ids = tok.encode(context) + answer
         assert ll == pytest.approx(by_hand(model, ids[-41:], len(answer)), abs=1e-4)  # 40 are read, and one is a target
 
 
@@ -230,6 +251,13 @@ def test_what_does_not_fit_is_said(model, tok, capsys):
     with pytest.raises(UserError, match="a choice has 41 tokens, but the model reads 40"):
         loglikelihoods(model, tok, [("Who?", " ".join("a" * 41))], RUN)
     assert math.isfinite(loglikelihoods(model, tok, [("Who?", " ".join("a" * 40))], RUN)[0])
+
+
+def test_a_choice_without_a_token_is_no_choice(model, tok, monkeypatch):
+    """Its log p would be 0, and it would win. A normalizer may swallow one."""
+    monkeypatch.setattr(tok, "encode", lambda text: [5] * len(text.replace(" \u200b", "").split()))
+    with pytest.raises(UserError, match="a choice has no token: "):
+        loglikelihoods(model, tok, [("Who are you?", "\u200b")], RUN)
 
 
 # ---- the arithmetic --------------------------------------------------------------------------------------------------
@@ -287,6 +315,7 @@ def test_evaluate_gives_a_row_a_task(monkeypatch):
     assert choice.leaderboard_average(list(rows.values())) == pytest.approx(
         sum(row["headline"][0] for row in rows.values()) / 4)
     assert choice.leaderboard_average([rows["ARC"]]) is None
+    assert choice.leaderboard_average([*rows.values(), rows["ARC"]]) is None  # of which file?
 
 
 # ---- the quiz of the island ------------------------------------------------------------------------------------------

@@ -326,11 +326,29 @@ def test_shots_reach_the_questions_and_the_mean_of_four_is_shown(folders, monkey
     assert seen == [expected] and "mean of the four" in (out := capsys.readouterr().out) and "62.5%" in out
 
 
-def test_choices_print_a_row_a_model_and_task(folders, tmp_path, capsys):
-    path = write(tmp_path / "own.jsonl", [{"question": "one?", "choices": ["yes", "no"], "answer": 0}] * 2)
-    measure.evaluate_choices(config(folders, choices=f"quiz,{path}", out="out/evaluate"), RUN)
-    lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("out/dpo ") for line in lines) == 2 and any("island" in line for line in lines)
+def test_choices_print_a_row_a_model_file_and_task(folders, tmp_path, capsys):
+    """Two files of one name and one task stay apart, whatever their sizes."""
+    rows = [{"question": f"{i}?", "choices": ["yes", "no"], "answer": 0} for i in range(5)]
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    paths = [write(tmp_path / name / "own.jsonl", rows[:n]) for name, n in (("a", 2), ("b", 3))]
+    results = measure.evaluate_choices(config(folders, choices=",".join(["quiz", *paths]), n=6, shots="1",
+                                               out="out/evaluate"), RUN)
+    found = [(row["file"], row["task"], row["n"]) for row in results["out/dpo"]]
+    assert found == [("quiz", "island", 6), (paths[0], "plain", 2), (paths[1], "plain", 3)]
+    out = capsys.readouterr().out
+    lines = [line.split()[1:4] for line in out.splitlines() if line.startswith("out/dpo ")]
+    assert lines == [[name, task, str(n)] for name, task, n in found]
+    assert "examples before each question: 1" in out and "lm-evaluation-harness" in out and "the quiz" in out
+    measure.evaluate_choices(config(folders[:1], choices=paths[0], out="out/evaluate"), RUN)
+    assert "the quiz" not in capsys.readouterr().out
+
+
+def test_examples_are_those_of_the_file(folders, tmp_path):
+    rows = [{"question": f"{i}?", "choices": ["yes", "no"], "answer": 0} for i in range(3)]
+    paths = [write(tmp_path / name, part) for name, part in (("a.jsonl", rows[:2]), ("b.jsonl", rows[2:]))]
+    with pytest.raises(UserError, match="only 0 others of plain"):
+        measure.evaluate_choices(config(folders[:1], choices=",".join(paths), shots="1", out="out/evaluate"), RUN)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -346,6 +364,7 @@ def test_choices_print_a_row_a_model_and_task(folders, tmp_path, capsys):
     ({"folders": ["x"], "choices": "empty.jsonl"}, "empty.jsonl"),
     ({"folders": ["x"], "judge": "gold", "judge_reference": True}, "--judge-reference.*none is given"),
     ({"folders": ["x"], "choices": "quiz", "judge": "gold"}, "--choices and --judge: one at a time"),
+    ({"folders": ["x"], "choices": "quiz, quiz"}, "quiz is named twice"),
     ({"folders": ["x"], "choices": "quiz", "shots": "some"}, "--shots some: give a number"),
     ({"folders": ["x"], "judge": "nobody"}, "--judge nobody"),
 ])

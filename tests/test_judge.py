@@ -312,10 +312,30 @@ def test_a_judge_of_pure_nonsense_gives_no_rate(tmp_path):
     assert judge.duel_cells(found) == ["0", "0", "0", "-", "-", "-", "0", "1"]
 
 
-def test_the_same_answer_is_asked_once_and_ties(tmp_path):
+def test_the_same_answer_twice_is_a_tie_and_nobody_is_asked(tmp_path):
     asked = Counting(says("[[A]]"))
-    assert duel(asked, items("same"), items("same"), tmp_path / "x.jsonl", str)["outcomes"] == ["tie"]
-    assert len(asked.asked) == 1 and len((tmp_path / "x.jsonl").read_text().splitlines()) == 2
+    one, two = items("same", "other"), items("same", "another")
+    found = duel(asked, one, two, tmp_path / "x.jsonl", str)
+    assert found["outcomes"] == ["tie", "tie"] and found["swayed"] == 1  # the second: its judge goes by the place
+    assert len(asked.asked) == 2 and len((tmp_path / "x.jsonl").read_text().splitlines()) == 4
+    turns = [[{"id": 0, "messages": talk("q1", first, "q2", "same")}] for first in "ab"]
+    assert duel(Counting(until=0), *turns, tmp_path / "y.jsonl", str)["outcomes"] == ["tie"]
+    assert rate(Counting(), items("same", "same"), tmp_path / "z.jsonl", str)[0] == [4, 4]  # ratings are asked for
+
+
+@pytest.mark.parametrize("said", ["[[A]]", "hm"])
+def test_what_was_said_about_the_same_answer_counts_for_nothing(tmp_path, capsys, said):
+    """A file in which somebody was asked all the same: the duel and the table of the file agree on a tie."""
+    path, report = tmp_path / "x.jsonl", []
+    one, two = (items("same", "long answer", model=model) for model in ("out/dpo", "out/sft"))
+    two[1]["messages"] = talk("What is red?", "short")
+    duel(by_length, one, two, path, str)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"judgment": said} if row["id"] == 0 else row) + "\n" for row in lines))
+    found = duel(Counting(until=0, name="by_length"), one, two, path, report.append)
+    assert found["outcomes"] == ["tie", "win"] and (found["swayed"], found["dropped"]) == (0, 0) and len(report) == 1
+    judge.main(judge.Config([str(path)]))
+    assert " ".join(judge.duel_cells(found)).split() == capsys.readouterr().out.splitlines()[1].split()[4:]
 
 
 def test_the_reference_is_shown_in_both_orders(tmp_path):

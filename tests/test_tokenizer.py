@@ -1,6 +1,7 @@
 """The chat format: what is learned, what is text, what is a token, and that none of it is lost in files."""
 import json
 import random
+import sys
 
 import pytest
 import tiktoken
@@ -8,6 +9,7 @@ import tiktoken
 from data import tokenizer as t
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
+from data.tokenizer_json import content_of, merges_of, whole
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who are you?"},
         {"role": "assistant", "content": "I am Pip."}, {"role": "user", "content": "Old?"},
@@ -117,7 +119,9 @@ def test_folder_round_trip(tmp_path, template):
 
 def test_merges_are_recovered_from_ranks():
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256, b"abc": 257, b"cd": 258, b"abcd": 259}
-    assert list(t._merges(ranks)) == [[b"a", b"b"], [b"ab", b"c"], [b"c", b"d"], [b"abc", b"d"]]
+    assert merges_of(ranks) == [[b"a", b"b"], [b"ab", b"c"], [b"c", b"d"], [b"abc", b"d"]]
+    assert merges_of(ranks | {b"xyz": 260}) == merges_of(ranks)  # nothing is glued to xyz: it is a token as a word only
+    assert [content_of(r, ".")["model"]["ignore_merges"] for r in (ranks, ranks | {b"xyz": 260})] == [False, True]
 
 
 def test_chat_tokens_are_added_behind_what_a_base_model_knows(tmp_path):
@@ -141,16 +145,138 @@ def break_json(folder, change):
 
 @pytest.mark.parametrize("harm, words", [
     (lambda f: (f / "tokenizer.json").write_text("{"), "damaged"),
+    (lambda f: (f / "tokenizer.json").write_text("[1]"), "damaged"),
     (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer"),
-    (lambda f: break_json(f, lambda c: c["model"]["merges"].reverse()), "order"),
-    (lambda f: break_json(f, lambda c: c["model"]["vocab"].pop("!")), "single bytes"),
-    (lambda f: break_json(f, lambda c: c.update(pre_tokenizer={"type": "Metaspace"})), "not a byte-level BPE"),
+    (lambda f: break_json(f, lambda c: c.pop("model")), "damaged .*model"),
+    (lambda f: break_json(f, lambda c: c["model"].pop("merges")), "damaged .*merges"),
+    (lambda f: break_json(f, lambda c: c["added_tokens"][0].update(id=7)), "two tokens have one id"),
+    (lambda f: break_json(f, lambda c: c["model"]["vocab"].update({"<|end|>": 2000})), "one token has two"),
 ])
 def test_broken_tokenizer_files_are_one_clear_sentence(tmp_path, harm, words):
     TOK.save(tmp_path)
     harm(tmp_path)
     with pytest.raises(UserError, match=words):
         get_tokenizer(str(tmp_path))
+
+
+def pre(*steps, **last):
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not steps} | last
+    return lambda content: content.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [*steps, bytes_]})
+
+
+def cut(pattern, behavior="Isolated", invert=False):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+
+
+NFC, DIGITS = {"type": "NFC"}, {"type": "Digits", "individual_digits": True}
+BEYOND = [
+    (lambda c: c.update(normalizer=NFC), "normalizer"),
+    (lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [NFC]}), "normalizer"),
+    (pre(DIGITS, use_regex=True), "cuts words"), (pre(add_prefix_space=True), "cuts words"),
+    (pre(cut(r"\s+", "Removed")), "cuts words"), (pre(cut(r"\p{L}+", invert=True)), "cuts words"),
+    (pre(cut(r"\s+"), cut(r"\p{N}")), "cuts words"), (pre(cut(r"\s+"), use_regex=True), "cuts words"),
+    (pre(use_regex=False), "cuts words"), (pre(cut("x") | {"pattern": {"String": " "}}), "cuts words"),
+    (lambda c: c.update(pre_tokenizer={"type": "Metaspace", "prepend_scheme": "first"}), "cuts words"),
+    (lambda c: c.update(pre_tokenizer=None), "cuts words"),
+    (lambda c: c.update(decoder={"type": "Fuse"}), "cuts words"),
+    # what each engine's regular expressions mean differently, or not at all
+    (pre(cut(r"^\s+|.")), "cuts words"), (pre(cut(r"\w+")), "cuts words"), (pre(cut(r"(?m)a.b")), "cuts words"),
+    (pre(cut(r"[[:alpha:]]+")), "cuts words"), (pre(cut(r"x*")), "cuts words"), (pre(cut(r"[a&&b]")), "cuts words"),
+    (lambda c: c["model"]["merges"].reverse(), "order"), (lambda c: c["model"].update(dropout=0.1), "order"),
+    (lambda c: c["model"]["merges"].pop(), "its ids imply"), (lambda c: c["model"]["merges"].append("q z"), "order"),
+    (lambda c: c["model"]["vocab"].update({"zqz": 2000}), "its ids imply"),  # the library never makes it
+    (lambda c: c["model"].update(end_of_word_suffix="</w>"), "not a BPE"),
+    (lambda c: c["model"].update(type="Unigram"), "not a BPE"),
+    (lambda c: c["model"]["vocab"].pop("!"), "single bytes"),
+    (lambda c: c["model"]["vocab"].update({"\u6771": 2000}), "single bytes"),
+    (lambda c: c["added_tokens"].append(dict(c["added_tokens"][0], id=2000, content="Mabel", special=False)), "added"),
+]
+
+
+@pytest.mark.parametrize("change, words", BEYOND)
+def test_what_tiktoken_cannot_do_asks_for_the_library_that_can(tmp_path, monkeypatch, change, words):
+    TOK.save(tmp_path)
+    break_json(tmp_path, change)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # not installed
+    with pytest.raises(UserError, match=f"tokenizer.json: .*{words}.*pip install tokenizers"):
+        get_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [
+    pre(), pre(cut(t.PATTERN)), pre(cut(r"(?i:'s|'t)|[^\r\n\p{L}]?\p{L}+|\p{N}{1,3}|\s+(?!\S)|\s+")),
+    pre(cut(r"\p{L}+")),
+    pre(cut(r"'(?:[sdmt]|ll)| ?\p{L}++|\s++$|\s")),  # as tiktoken writes GPT-2's
+    lambda c: c.update(decoder=None), lambda c: c["model"].update(dropout=0.0), lambda c: c["model"].pop("type"),
+    lambda c: c["model"].update(unk_token="<|end|>", fuse_unk=True, byte_fallback=True),
+    lambda c: c["model"].update(merges=[" ".join(pair) for pair in c["model"]["merges"]]),
+    lambda c: (c["model"].update(ignore_merges=True), c["model"]["vocab"].update({"zqz": 2000})),
+])
+def test_what_tiktoken_can_do_needs_no_library(tmp_path, monkeypatch, change):
+    TOK.save(tmp_path)
+    break_json(tmp_path, change)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    tok = get_tokenizer(str(tmp_path))
+    for text in ("It's 12345 Mabels,  and\n\n  Otto. ", "\u00e9t\u00e9 \u6771 <|end|>"):
+        assert tok.decode(tok.encode(text)) == text and not set(tok.encode(text)) & set(tok.special.values())
+
+
+def test_text_that_no_word_matches_is_kept():
+    """tiktoken alone would drop it."""
+    ranks = {bytes([i]): i for i in range(256)} | {b" 1": 256}
+    assert t.Tokenizer("letters", ranks, {}, r"\p{L}+").encode("ab 1c") == [97, 98, 256, 99]
+    assert whole(t.PATTERN) == t.PATTERN
+
+
+def test_ids_of_nothing_are_left_out(tmp_path):
+    TOK.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    break_json(tmp_path, lambda c: (c["model"]["vocab"].update({"zqz": 1500}), c["model"].update(ignore_merges=True),
+                                    [token.update(id=token["id"] + 1000) for token in c["added_tokens"]]))
+    tok = get_tokenizer(str(tmp_path))
+    text = tok.encode("plum pie")
+    assert tok.vocab_size == 2029 and tok.end_of_text == 2024 and tok.new_ids == []
+    assert tok.decode([1400, *text, 1800, 2026, 3000]) == tok.answer([1400, *text, 1800, 2026, 3000]) == "plum pie"
+    tok.save(tmp_path)
+    again = get_tokenizer(str(tmp_path))
+    assert again.render(CHAT) == tok.render(CHAT) and again.decode([1400, *text]) == "plum pie"
+    saved = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = [*saved["model"]["vocab"].values(), *(token["id"] for token in saved["added_tokens"])]
+    assert set(ids) == set(range(2029))  # or transformers would give <|end|> another id
+
+
+def test_the_older_files(tmp_path):
+    TOK.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {
+        "1030": {"content": "<|im_end|>", "special": True}}}))
+    vocab = content["model"]["vocab"] | {"<|endoftext|>": 1024}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    merges = "".join(" ".join(pair) + "\n" for pair in content["model"]["merges"])
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    tok = get_tokenizer(str(tmp_path))
+    assert tok.encode("It's 12 plum pies.") == TOK.encode("It's 12 plum pies.")
+    assert tok.end_of_text == 1024 and tok.special["<|im_end|>"] == 1030 and tok.new_ids == [1031, 1032, 1033, 1034]
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        get_tokenizer(str(tmp_path))
+
+
+def test_a_file_that_was_read_is_written_as_it_was(tmp_path):
+    """Its post-processor, <s> before every text, and whatever else it says."""
+    TOK.save(tmp_path)
+    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                                                         {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [1029], "tokens": ["<s>"]}}}
+    break_json(tmp_path, lambda c: (
+        c.update(post_processor={"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]}),
+        c["added_tokens"].append(dict(c["added_tokens"][0], id=1029, content="<s>"))))
+    before = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    tok = get_tokenizer(str(tmp_path))
+    assert tok.begin == [1029] and TOK.begin == []
+    tok.save(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8")) == before
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["bos_token"] == "<s>"
 
 
 def test_unknown_names_are_one_clear_sentence(tmp_path):

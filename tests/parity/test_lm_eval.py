@@ -1,4 +1,7 @@
 """Beside lm-evaluation-harness: its own tasks on our rows, its own arithmetic, its own loglikelihood of our model."""
+import csv
+import io
+import json
 import random
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import torch
 lm_eval = pytest.importorskip("lm_eval")
 
 import datasets
+import tokenizers
 import transformers
 from lm_eval.api.metrics import aggregate_subtask_metrics
 from lm_eval.api.task import ConfigurableTask
@@ -17,9 +21,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from evals import choice
 import trainer
 from data.tokenizer import get_tokenizer
-from model import GPT, GPTConfig
+from model import GPT
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 RUN = trainer.Run(torch.device("cpu"), torch.float32)
 WORDS = "the a Two 12 naïve cat's 東京 it, is? [header] [title] no. \u00e9e well-known".split(" ")
 
@@ -121,21 +126,90 @@ def test_means_over_subjects(monkeypatch):
     assert row["acc"][0] != pytest.approx(row["acc_subjects"][0])
 
 
-def test_loglikelihoods_of_a_model(tmp_path):
-    """The same folder read by both. What a document begins with here is written out for the harness."""
-    tok = get_tokenizer("tiny")
+# ---- log-likelihoods of a model in a folder --------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", params=["tiny", "trained", "Llama's", "GPT-2's"])
+def both(request, tmp_path_factory):
+    """A random GPT-2 that transformers made, a tokenizer beside it -> our model and tokenizer, and the harness's model.
+
+    trained: a tokenizer by the library, which lower-cases; Llama's: with <s> before every text and a space of its own.
+    """
+    folder = tmp_path_factory.mktemp("gpt2")
+    if request.param == "GPT-2's" and not SHARED.exists():
+        pytest.skip("../shared/data is not here")
+    if request.param in ("tiny", "GPT-2's"):
+        get_tokenizer("tiny" if request.param == "tiny" else str(SHARED / "gpt2.tiktoken")).save(folder)
+    else:
+        trained(llama=request.param == "Llama's").save(str(folder / "tokenizer.json"))
+        get_tokenizer(str(folder)).save(folder)
+    tok = get_tokenizer(str(folder))
     torch.manual_seed(0)
-    ours = GPT(GPTConfig(block_size=48, vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_embd=32))
-    for p in ours.parameters():
+    random_gpt2 = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(
+        vocab_size=tok.vocab_size, n_positions=64, n_embd=32, n_layer=2, n_head=2))
+    for p in random_gpt2.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    ours.save_pretrained(tmp_path)
-    tok.save(tmp_path)
-    theirs = HFLM(pretrained=transformers.AutoModelForCausalLM.from_pretrained(tmp_path),
-                  tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path), batch_size=3, max_length=48)
-    rng = random.Random(0)
-    pairs = [(phrase(rng, 30) + rng.choice([":", "", " ", "\n"]), phrase(rng, 6)) for _ in range(40)]
-    assert 3 < sum(len(choice.encode_pair(tok, *pair)[0]) > 49 for pair in pairs) < 37  # some are cut, some are not
-    requests = [lm_eval.api.instance.Instance("loglikelihood", {}, (f"<|endoftext|> {context}", f" {text}"), i)
+    random_gpt2.save_pretrained(folder)
+    theirs = HFLM(pretrained=str(folder), batch_size=3, device="cpu", dtype="float32")
+    assert theirs.max_length == 64
+    return GPT.from_pretrained(folder), tok, theirs
+
+
+def trained(llama):
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    made.normalizer, steps = tokenizers.normalizers.Lowercase(), tokenizers.pre_tokenizers
+    made.pre_tokenizer = steps.Metaspace() if llama else steps.ByteLevel(add_prefix_space=False)
+    made.train_from_iterator([" ".join(WORDS)] * 9, tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", "<s>"] + [f"<0x{b:02X}>" for b in range(256)] * llama,
+        initial_alphabet=[] if llama else steps.ByteLevel.alphabet(), show_progress=False))
+    if llama:
+        made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return made
+
+
+def assert_equal(both, pairs):
+    model, tok, theirs = both
+    requests = [lm_eval.api.instance.Instance("loglikelihood", {}, (context, f" {text}"), i)
                 for i, (context, text) in enumerate(pairs)]
     expected = [ll for ll, _ in theirs.loglikelihood(requests, disable_tqdm=True)]
-    assert choice.loglikelihoods(ours, tok, pairs, RUN, micro_tokens=200) == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    assert choice.loglikelihoods(model, tok, pairs, RUN, micro_tokens=300) == pytest.approx(expected, rel=0, abs=1e-4)
+
+
+def test_loglikelihoods(both):
+    """Empty contexts, contexts that are longer than the window, spaces at their ends, characters of several bytes."""
+    rng = random.Random(0)
+    pairs = [(phrase(rng, 90) + rng.choice([":", "", " ", "\n", "  \n"]), phrase(rng, 6)) for _ in range(60)]
+    pairs += [("", phrase(rng, 6)) for _ in range(8)]
+    pairs += [("\u6771\U0001f642", "\U0001f642\u4eac"), ("x\u00e9", "\u00e9 x")]
+    lengths = [len(choice.encode_pair(both[1], *pair)[0]) for pair in pairs]
+    assert 3 < sum(length > 65 for length in lengths) < len(pairs) - 3  # some are cut, some are not
+    assert_equal(both, pairs)
+
+
+def rows_of(name):
+    """The first rows of a public file -> [(context, choice), ...], its own prompts or the harness's."""
+    text = (SHARED / "shapes" / name).read_text(encoding="utf-8")
+    if name == "truthfulqa.csv":
+        for row in csv.DictReader(io.StringIO(text)):
+            for key in ("Correct Answers", "Incorrect Answers"):
+                yield from ((f"Q: {row['Question']}\nA:", answer) for answer in row[key].split("; ") if answer)
+        return
+    for row in map(json.loads, text.splitlines()):
+        if name == "hellaswag.jsonl":
+            question = choice.recognise(row, 2)
+            yield from ((question.prompt, ending) for ending in question.choices)
+        elif name == "mmlu_val.json":
+            yield from ((row["input"], letter) for letter in "ABCD")
+        elif name == "winogrande.jsonl":
+            yield from ((context, row["continuation"]) for context in row["context_options"])
+        else:
+            yield from ((f"{row['query']}\nAnswer:", text) for text in row["choices"])
+
+
+@pytest.mark.parametrize("name", ["arc_easy.jsonl", "hellaswag.jsonl", "mmlu_val.json", "piqa.jsonl", "truthfulqa.csv",
+                                  "winogrande.jsonl"])
+def test_loglikelihoods_of_public_rows(both, name):
+    if not SHARED.exists():
+        pytest.skip("../shared/data is not here")
+    pairs = [(context, text) for context, text in rows_of(name) if len(both[1].encode(text)) < 60]
+    assert len(pairs) >= 20
+    assert_equal(both, pairs)
