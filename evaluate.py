@@ -6,6 +6,7 @@
     python evaluate.py out/base out/sft --choices quiz       multiple choice: the island's quiz, or ARC, HellaSwag, MMLU, ...
     python evaluate.py out/sft out/dpo --judge gold          a judge rates the answers and compares each model with the first
     python evaluate.py --story                               runs whatever stage is missing and writes out/story/README.md
+    python evaluate.py --results --seeds 0,1,2               every stage for each seed, and their tables in docs/results.md
 
 Every mean comes with its 95 % interval (bootstrap over the questions): two checkpoints whose intervals overlap may be equal.
 What is asked about the island stands in island/exam.py, the rest in evals/: measure (tables), metrics (ROUGE), choice, judge, story.
@@ -17,7 +18,7 @@ import trainer
 from common.errors import UserError
 from common.flags import Amount, Count, Positive, Probability, parse
 from common.disk import on_disk
-from evals import measure, story
+from evals import measure, results, story
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
@@ -25,6 +26,8 @@ from evals import measure, story
 class Config:
     folders: list[str] = field(default_factory=list)  # checkpoint folders or gpt2 ...; none: out/base, out/sft, out/dpo, out/ppo
     story: bool = False  # run whatever stage is missing and write the whole story into --out (out/story)
+    results: bool = False  # run every stage for each of --seeds and write their tables into docs/results.md
+    seeds: str = "0,1,2"  # with --results: the seeds, with commas between
     data: str = ""  # your files with conversations, with commas between; empty: the island
     sample: Count = 100  # rows of each file, drawn by --seed; 0: all
     max_new_tokens: Positive = 512  # longest answer to your data; at most half the model's context
@@ -46,16 +49,24 @@ class Config:
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: str = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
 
+    def seeds_as_numbers(self):
+        try:
+            return [int(seed) for seed in self.seeds.split(",")]
+        except ValueError:
+            raise UserError(f"--seeds {self.seeds}: give whole numbers with commas between, as in 0,1,2")
+
 
 def main(config):
     if config.n < 1:
         raise UserError(f"--n {config.n}: it must be at least 1")
     run = trainer.start(config)
-    config.out = config.out or ("out/story" if config.story else "out/evaluate")
+    config.out = config.out or f"out/{'story' if config.story else 'results' if config.results else 'evaluate'}"
     with on_disk(config.out, "--out has to be a folder, choose another one"):  # now, not when everything has been measured
         Path(config.out).mkdir(parents=True, exist_ok=True)
     if config.story:
         return story.main(config, run)
+    if config.results:
+        return results.main(config, run)
     config.folders = config.folders or list(filter(trainer.is_finished, ("out/base", "out/sft", "out/dpo", "out/ppo")))
     if not config.folders:
         raise UserError("no checkpoint to measure: name some folders, or train one with python sft.py")

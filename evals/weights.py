@@ -79,15 +79,19 @@ def logit_differences(model, other, windows):
     return largest, total / len(windows), changed / len(windows)
 
 
+def difference(model, other, tok, documents, windows=32):
+    """logit_differences on the first contexts of these documents."""
+    stream = text_stream(documents, tok).to(model.device)
+    T = min(model.config.block_size, len(stream))
+    return logit_differences(model, other, stream[:min(windows, len(stream) // T) * T].view(-1, T))  # (n, T)
+
+
 def compare_merges(trained, merges, tok, documents, windows=32):
     """Prints what each merge changes against the unmerged model. merges: {name: GPT}; documents: list of texts."""
-    stream = text_stream(documents, tok)
-    T = min(trained.config.block_size, len(stream))
-    ids = stream[:min(windows, len(stream) // T) * T].view(-1, T)  # (n, T)
-    print(f"against the unmerged model, on {ids.numel():,} tokens of text:\n"
+    print(f"against the unmerged model, on {windows} contexts of text:\n"
           f"{'':18}{'largest':>12}{'mean |logit difference|':>27}{'greedy tokens that differ':>29}")
     for name, merged in merges.items():
-        largest, mean, changed = logit_differences(trained, merged, ids)
+        largest, mean, changed = difference(trained, merged, tok, documents, windows)
         print(f"   {name + ' merge':<15}{largest:>12.1e}{mean:>27.1e}{changed:>29.2%}")
 
 

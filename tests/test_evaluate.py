@@ -12,8 +12,10 @@ from island import exam
 import reward
 import sft
 import generate as generating
-from checkpoints import load_to_ask
-from evals import measure, story
+from checkpoints import load_to_ask, save_adapter
+from evals import measure, results, story
+from lora import add_lora
+from quant import quantize_model
 from common import tables
 import trainer
 from island.world import Island
@@ -423,6 +425,44 @@ def test_the_story_runs_what_is_missing_and_tells_it(tmp_path, monkeypatch):
     ran.clear()
     evaluate.main(config(story=True, n=20))
     assert not ran  # everything was there
+
+
+def test_results_are_ranges_over_seeds_and_nothing_runs_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pairs, "HELD_OUT", 20)
+    ran = []
+
+    def ensure(folder, script, config, run, init="", **settings):
+        name, seed = Path(folder).name, config.seed
+        ran.append((seed, name, Path(init).name, sorted(settings)))
+        tiny(10).save_pretrained(Path(folder).parent / "base")
+        TOK.save(Path(folder).parent / "base")
+        model = tiny(seed + len(name))
+        if "lora_r" in settings:
+            model = tiny(10)
+            add_lora(quantize_model(model) if "nf4" in settings else model, 2, 4)
+            save_adapter(model, folder, str(Path(folder).parent / "base"))
+        else:
+            (reward.RewardModel(model) if name == "reward" else model).save_pretrained(folder)
+        TOK.save(folder)
+        write(Path(folder) / "log.jsonl", [{"step": 0, "held_out": 3.0}, {"step": 1, "held_out": 2.0 + seed}])
+
+    monkeypatch.setattr(trainer, "ensure", ensure)
+    exam_, shorter = exam.examine, {"n": 12}
+    monkeypatch.setattr(exam, "examine", lambda *args, **more: exam_(*args, **more | shorter))
+    evaluate.main(config(results=True, seeds="0,2"))
+    names = [name for name in results.STAGES if name != "base"]
+    assert [(seed, name) for seed, name, *_ in ran] == [(seed, name) for seed in (0, 2) for name in ["base", *names]]
+    assert (2, "ppo", "sft-community", ["reward"]) in ran and (0, "sft-qlora", "base", ["lora_r", "nf4"]) in ran
+    text = Path("docs/results.md").read_text()
+    assert "| held-out loss | 2.000 ... 4.000 |" in text and "--seeds 0,2`" in text and " nan" not in text
+    assert text.count("\n| careful |") == text.count("\n| simple |") == 1
+    assert "| measured |" not in text and "| strangers: says" in text and "| gold judge, 1 to 10 |" in text
+    ran.clear()
+    evaluate.main(config(results=True, seeds="0,2"))
+    assert not ran and Path("docs/results.md").read_text() == text
+    with pytest.raises(UserError, match="--seeds a: give whole numbers"):
+        evaluate.main(config(results=True, seeds="a"))
 
 
 def test_every_number_of_the_story_stands_where_it_belongs():
