@@ -13,8 +13,6 @@ than sixteen levels at equal distances. On weights from N(0, 1) in blocks of 64 
 NF4, 0.0921 with double quantization and 0.1076 for absmax int4, at 4.5, 4.127 and 4.5 bits per weight.
 """
 import argparse
-import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -23,12 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.errors import UserError, end_politely
-
-try:  # comes with the CUDA builds of torch; everything works without it
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from kernels import nf4
 
 # ---- the codebook ----------------------------------------------------------------------------------------------------
 
@@ -102,43 +95,32 @@ def _double_quantize(absmax):
 
 
 # ---- quantize and dequantize -----------------------------------------------------------------------------------------
-# On a CPU both walk through the weight in pieces that stay in a core's cache: a piece goes through several simple
-# operations, but through memory only once. Each thread takes whole pieces: with both threads on one piece they would
-# wait for each other after each operation, which costs a factor of 10 where other programs want the cores too.
-PIECE = 2 ** 16  # elements; 256 kB as float32
 
-# The nearest level without a search: 64 cells of equal width over [-1, 1] hold at most one midpoint each (test_quant
-# checks it), so the code is the code at the cell's left end, plus one if the weight is beyond the midpoint in its cell.
-CELLS = 32  # per unit
-LEFT_CODE = torch.bucketize(torch.arange(2 * CELLS + 1) / CELLS - 1, MIDPOINTS).to(torch.uint8)  # (65,)
-CELL_MIDPOINT = torch.full((2 * CELLS + 1,), torch.inf)  # (65,)
-CELL_MIDPOINT[(MIDPOINTS * CELLS + CELLS).long()] = MIDPOINTS
+def quantize(weight, block):
+    """weight of any shape, n elements -> packed (ceil(n / 2),) uint8, absmax (blocks,) float32 (QLoRA, equation 1).
 
-# All 256 bytes as pairs of levels. A pair of float32 moves as one int64: half as many look-ups.
-BYTE_TO_PAIR = torch.stack([CODEBOOK.repeat_interleave(16), CODEBOOK.repeat(16)], dim=1).view(torch.int64).flatten()
+    In the last bit, which decides ties, as bitsandbytes: w times the reciprocal of absmax, not divided by it.
+    """
+    n = weight.numel()
+    blocks = F.pad(weight.float().reshape(-1), (0, -n % block)).view(-1, block)  # (blocks, block); zeros: same absmax
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]  # in [-1, 1]; zeros stay zeros
+    codes = torch.bucketize(scaled, MIDPOINTS.to(weight.device), out_int32=True)  # how many midpoints lie below
+    first, second = codes.to(torch.uint8).view(-1, 2).unbind(1)
+    return (first * 16 + second)[: (n + 1) // 2], absmax
 
 
-def _in_pieces(work, n, block, device):
-    """Calls work(start, end) for all pieces of n elements, each a whole number of blocks; on a GPU one piece is all."""
-    step = max(1, PIECE // block) * block if device.type == "cpu" else n
-    starts, threads = range(0, n, step), torch.get_num_threads()
-    if threads == 1 or len(starts) == 1:
-        for start in starts:
-            work(start, min(start + step, n))
-        return
-    inference = torch.is_inference_mode_enabled()  # torch keeps this per thread: a new thread would not inherit it
-
-    def piece(start):
-        with torch.inference_mode(inference), torch.no_grad():
-            work(start, min(start + step, n))
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(piece, starts))  # list: raises what a thread raised
+def dequantize(packed, absmax, shape, block, dtype):
+    """What quantize gave -> a tensor of that shape. Multiplied in float32 and rounded to dtype once, at the end."""
+    n = shape.numel()
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:n]
+    levels = CODEBOOK.to(packed.device)[codes.int()]  # as bytes they would be taken for a mask
+    return (levels * absmax.repeat_interleave(block)[:n]).to(dtype).view(shape)
 
 
 @torch.no_grad()
 def quantize_nf4(weight, block=64, double=False):
-    """Any shape, any floating dtype -> NF4Tensor (QLoRA, equation 1). Codes and absmax equal those of bitsandbytes.
+    """Any shape, any floating dtype -> NF4Tensor. Codes and absmax equal those of bitsandbytes.
 
     block: elements that share one absmax, even. double: quantize the absmax too (4.127 in place of 4.5 bits per weight
     at block 64). Raises ValueError for an impossible block, UserError for weights that are not finite.
@@ -147,97 +129,32 @@ def quantize_nf4(weight, block=64, double=False):
         raise ValueError(f"block is {block}: it must be an even number of elements, because two share a byte")
     if weight.numel() == 0 or not weight.is_floating_point():
         raise ValueError(f"cannot quantize a {weight.dtype} tensor of shape {tuple(weight.shape)}")
-    n, device = weight.numel(), weight.device
-    flat = weight.detach().reshape(-1)
-    if n % block:
-        flat = F.pad(flat, (0, -n % block))  # (blocks * block,); zeros change no absmax
-    absmax = torch.empty(len(flat) // block, device=device)
-    packed = torch.empty(len(flat) // 2, dtype=torch.uint8, device=device)
-    left_code, cell_midpoint = LEFT_CODE.to(device), CELL_MIDPOINT.to(device)
-
-    def work(start, end):
-        w = flat[start:end].float().view(-1, block)
-        largest = absmax[start // block : end // block] = w.abs().amax(dim=1)
-        if not torch.isfinite(largest).all():
-            raise UserError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity, which 4 bits cannot store:"
-                            " use a checkpoint from before training went wrong")
-        # times the reciprocal, not divided: the last bit decides ties. A block below 1e-38 counts as zero
-        x = (w * (1 / largest.clamp(min=1e-38))[:, None]).clamp_(-1, 1).flatten()
-        cell = (x * CELLS + CELLS).to(torch.int32)
-        code = left_code.index_select(0, cell)
-        code += x > cell_midpoint.index_select(0, cell)
-        first, second = code.view(-1, 2).unbind(1)
-        torch.add(second, first, alpha=16, out=packed[start // 2 : end // 2])
-
-    _in_pieces(work, len(flat), block, device)
-    packed = packed[: (n + 1) // 2].clone() if len(flat) != n else packed
-    if double:
-        absmax, scale, mean = _double_quantize(absmax)
-        return NF4Tensor(packed, absmax, weight.shape, block, scale, mean)
-    return NF4Tensor(packed, absmax, weight.shape, block)
+    fast = nf4.quantizes(weight.device, weight.numel(), block)
+    packed, absmax = nf4.quantize(weight, CODEBOOK, block) if fast else quantize(weight, block)
+    if not torch.isfinite(absmax).all():
+        raise UserError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity, which 4 bits cannot store:"
+                        " use a checkpoint from before training went wrong")
+    absmax, scale, mean = _double_quantize(absmax) if double else (absmax, None, None)
+    return NF4Tensor(packed, absmax, weight.shape, block, scale, mean)
 
 
 @torch.no_grad()
 def dequantize_nf4(q, dtype=torch.float32):
-    """NF4Tensor -> tensor of its shape. Multiplied in float32 and rounded to dtype once, at the end."""
-    if q.packed.is_cuda and triton is not None:
-        return _dequantize_triton(q, dtype)
-    absmax, device = q.block_absmax(), q.packed.device
-    packed = F.pad(q.packed, (0, len(absmax) * q.block // 2 - len(q.packed)))  # the last block may be ragged
-    out = torch.empty(2 * len(packed), dtype=dtype, device=device)
-    pairs = BYTE_TO_PAIR.to(device)
-
-    def work(start, end):
-        levels = pairs.index_select(0, packed[start // 2 : end // 2].int()).view(torch.float32)  # (end - start,)
-        scales = absmax[start // q.block : end // q.block, None]
-        torch.mul(levels.view(-1, q.block), scales, out=out[start:end].view(-1, q.block))
-
-    _in_pieces(work, len(out), q.block, device)
-    return out[: q.shape.numel()].view(q.shape)
-
-
-if triton is not None:
-    @triton.jit
-    def _dequantize_kernel(packed, absmax, codebook, out, n, BLOCK: tl.constexpr, TILE: tl.constexpr):
-        tile = tl.program_id(0).to(tl.int64)  # 64 bits: a weight may have more than 2^31 elements
-        byte = tile * TILE + tl.arange(0, TILE)
-        inside = byte < (n + 1) // 2
-        codes = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(absmax + byte // (BLOCK // 2), mask=inside, other=0.0)
-        first = tl.load(codebook + (codes >> 4)) * scale
-        second = tl.load(codebook + (codes & 15)) * scale
-        # interleaved in registers, so that neighbouring threads write neighbouring addresses
-        element = tile * (2 * TILE) + tl.arange(0, 2 * TILE)
-        tl.store(out + element, tl.interleave(first, second).to(out.dtype.element_ty), mask=element < n)
-
-
-def _dequantize_triton(q, dtype):
-    """dequantize_nf4 in one kernel: reads half a byte and writes one number per element. The same numbers, bit for bit,
-    as the PyTorch code above. Checked in Triton's interpreter only: its speed on a GPU has not been measured."""
-    out, tile = torch.empty(q.shape, dtype=dtype, device=q.packed.device), 1024
-    _dequantize_kernel[(triton.cdiv(len(q.packed), tile),)](
-        q.packed, q.block_absmax(), CODEBOOK.to(q.packed.device), out, out.numel(), BLOCK=q.block, TILE=tile)
-    return out
+    """NF4Tensor -> tensor of its shape, by dequantize or, the same numbers, by its fast twin."""
+    absmax = q.block_absmax()
+    if nf4.dequantizes(q.packed.device, q.shape.numel(), q.block):
+        return nf4.dequantize(q.packed, absmax, CODEBOOK, q.shape, q.block, dtype)
+    return dequantize(q.packed, absmax, q.shape, q.block, dtype)
 
 
 # ---- the frozen linear layer -----------------------------------------------------------------------------------------
 
 def _dequantized_rows(q, dtype):
-    """Yields (start, end, rows start to end of the weight W' (out, in)), about 4 MB at a time on the CPU.
-
-    The whole W' would be tens of MB for a moment, once per layer. Large passing tensors leave holes among the small
-    lasting ones (activations) that the allocator cannot use again, so a process grows by about one W' per layer.
-    """
-    rows, columns = q.shape
-    unit = q.block // math.gcd(q.block, columns)  # after so many rows a row begins with a block
-    step = max(1, 2 ** 20 // (columns * unit)) * unit if q.packed.device.type == "cpu" else rows
+    """Yields (a slice of the rows, those rows of the weight W' (out, in)), piece after piece."""
     absmax = q.block_absmax()
-    for start in range(0, rows, step):
-        end = min(start + step, rows)
-        first, last = start * columns, end * columns
-        part = NF4Tensor(q.packed[first // 2 : (last + 1) // 2], absmax[first // q.block : -(-last // q.block)],
-                         torch.Size([end - start, columns]), q.block)
-        yield start, end, dequantize_nf4(part, dtype)
+    for rows, packed, blocks in nf4.row_pieces(q.shape, q.block, q.packed.device):
+        shape = torch.Size([rows.stop - rows.start, q.shape[1]])
+        yield rows, dequantize_nf4(NF4Tensor(q.packed[packed], absmax[blocks], shape, q.block), dtype)
 
 
 class _NF4Matmul(torch.autograd.Function):
@@ -248,16 +165,16 @@ class _NF4Matmul(torch.autograd.Function):
     def forward(ctx, x, bias, q):
         ctx.q = q
         y = x.new_empty(x.size(0), q.shape[0])  # (N, out)
-        for start, end, rows in _dequantized_rows(q, x.dtype):
-            torch.mm(x, rows.t(), out=y[:, start:end])
+        for rows, W in _dequantized_rows(q, x.dtype):
+            torch.mm(x, W.t(), out=y[:, rows])
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx, grad):  # (N, out)
         need_x, need_bias, _ = ctx.needs_input_grad
         grad_x = grad.new_zeros(grad.size(0), ctx.q.shape[1]) if need_x else None  # (N, in)
-        for start, end, rows in _dequantized_rows(ctx.q, grad.dtype) if need_x else ():
-            grad_x = grad_x.addmm_(grad[:, start:end], rows)
+        for rows, W in _dequantized_rows(ctx.q, grad.dtype) if need_x else ():
+            grad_x = grad_x.addmm_(grad[:, rows], W)
         return grad_x, grad.sum(dim=0) if need_bias else None, None
 
 

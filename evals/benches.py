@@ -312,28 +312,15 @@ def bench_generate(args):
 
 # ---- python bench.py nf4 ---------------------------------------------------------------------------------------------
 
-def one_line_quantize(weight):
-    """The definition as one would write it first, to be compared with (and compiled)."""
-    blocks = weight.view(-1, 64)
-    absmax = blocks.abs().amax(dim=1)
-    codes = torch.bucketize(blocks * (1 / absmax)[:, None], quant.MIDPOINTS.to(weight.device)).to(torch.uint8)
-    return codes[:, 0::2] * 16 + codes[:, 1::2], absmax
-
-
-def one_line_dequantize(packed, absmax, pairs, dtype):
-    """packed (n / 2,), pairs (256, 2): both levels of each byte -> (n / 64, 64)"""
-    return (pairs[packed.int()].view(-1, 64) * absmax[:, None]).to(dtype)
-
-
 def try_compile(function, *arguments):
-    """-> {"one line, compiled": call}, or {} where torch.compile finds no compiler: the rest is worth printing."""
+    """-> {"readable, compiled": call}, or {} where torch.compile finds no compiler: the rest is worth printing."""
     fast = torch.compile(function, dynamic=False)
     try:
         fast(*arguments)
     except Exception as error:  # whatever kind of compiler is missing or too old
         print(f"torch.compile does not work here ({type(error).__name__}): no compiled rows")
         return {}
-    return {"one line, compiled": lambda: fast(*arguments)}
+    return {"readable, compiled": lambda: fast(*arguments)}
 
 
 LAYERS = """
@@ -350,18 +337,17 @@ y.sum().backward()
 def nf4_candidates(weight):
     """{operation: {implementation: call}}; the last implementation is what the others are compared with."""
     q = quant.quantize_nf4(weight)
-    pairs = quant.BYTE_TO_PAIR.view(torch.float32).view(256, 2).to(weight.device)
     operations = {"quantize": {"quantize_nf4": lambda: quant.quantize_nf4(weight),
                                "quantize_nf4, double": lambda: quant.quantize_nf4(weight, double=True),
-                               **try_compile(one_line_quantize, weight),
-                               "one line": lambda: one_line_quantize(weight)}}
+                               **try_compile(quant.quantize, weight, 64),
+                               "readable": lambda: quant.quantize(weight, 64)}}
     for dtype in (torch.float32, torch.bfloat16):
-        arguments = q.packed, q.absmax, pairs, dtype
+        arguments = q.packed, q.absmax, q.shape, 64, dtype
         operations[f"dequantize to {dtype}".replace("torch.", "")] = {
             "dequantize_nf4": lambda dtype=dtype: quant.dequantize_nf4(q, dtype),
             "(fill a new tensor)": lambda dtype=dtype: torch.ones(weight.shape, dtype=dtype, device=weight.device),
-            **try_compile(one_line_dequantize, *arguments),
-            "one line": lambda arguments=arguments: one_line_dequantize(*arguments)}
+            **try_compile(quant.dequantize, *arguments),
+            "readable": lambda arguments=arguments: quant.dequantize(*arguments)}
     try:
         import bitsandbytes.functional as peer
     except ImportError:

@@ -1,8 +1,10 @@
 import copy
+import math
 import os
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +17,26 @@ import quant
 from common.errors import UserError
 from evals.weights import validation_loss
 from model import GPT, linear_paths
+from kernels import nf4
 from quant import CODEBOOK, MIDPOINTS, NF4Linear, dequantize_nf4, quantize_model, quantize_nf4
 
 SHAPES = [(1,), (2,), (63,), (64,), (65,), (3, 5), (1, 64), (7, 129), (2, 3, 4, 5), (64, 100),
-          (2 ** 18 + 70,)]  # several pieces, the last one ragged
+          (2 ** 18 + 70,), (96, 160), (160, 1024)]
+
+
+@pytest.fixture(params=["readable", "fast"])
+def version(request, monkeypatch):
+    """The readable versions for all sizes; the fast ones wherever they are there, in pieces of 15 blocks of 64."""
+    monkeypatch.setattr(nf4, "SMALL", 0 if request.param == "fast" else math.inf)
+    monkeypatch.setattr(nf4, "PIECE", 1000)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def normal(*shape, seed=0):
@@ -48,7 +66,7 @@ def test_codebook_is_what_the_derivation_gives():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("block", [64, 128, 6])
-def test_codes_are_the_nearest_levels_for_every_shape(shape, block):
+def test_codes_are_the_nearest_levels_for_every_shape(shape, block, version):
     weight = normal(*shape)
     q = quantize_nf4(weight, block)
     codes, absmax = by_definition(weight, block)
@@ -60,7 +78,7 @@ def test_codes_are_the_nearest_levels_for_every_shape(shape, block):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_error_bound_and_idempotence(shape):
+def test_error_bound_and_idempotence(shape, version):
     weight = normal(*shape)
     q = quantize_nf4(weight)
     once = dequantize_nf4(q)
@@ -70,30 +88,23 @@ def test_error_bound_and_idempotence(shape):
     assert torch.equal(again.packed, q.packed) and torch.equal(again.absmax, q.absmax)
 
 
-def test_ties_go_to_the_lower_code_and_neighbours_to_their_side():
+def test_ties_go_to_the_lower_code_and_neighbours_to_their_side(version):
     above, below = torch.nextafter(MIDPOINTS, torch.tensor(2.0)), torch.nextafter(MIDPOINTS, torch.tensor(-2.0))
-    weight = torch.cat([below, MIDPOINTS, above, torch.ones(1)])  # the one makes absmax 1, so nothing is rescaled
-    expected = torch.cat([torch.arange(15), torch.arange(15), torch.arange(1, 16), torch.tensor([15])])
+    weight = torch.cat([below, MIDPOINTS, above, torch.ones(19)])  # the ones make absmax 1, so nothing is rescaled
+    expected = torch.cat([torch.arange(15), torch.arange(15), torch.arange(1, 16), torch.full((19,), 15)])
     assert torch.equal(codes_of(quantize_nf4(weight)).long(), expected)
 
 
-def test_scaled_by_the_reciprocal_not_by_a_quotient():
+def test_scaled_by_the_reciprocal_not_by_a_quotient(version):
     """The last bit decides on which side of a midpoint a weight falls: look for blocks where the two ways differ."""
     largest = torch.linspace(0.5, 0.99, 20000)
     second = largest * MIDPOINTS[-1]
     product, quotient = second * (1 / largest), second / largest
     differ = (product > MIDPOINTS[-1]) != (quotient > MIDPOINTS[-1])
     assert differ.any()
-    weight = torch.stack([largest, second], dim=1)[differ]
+    weight = torch.stack([largest, second], dim=1)[differ].repeat(1, 2)
     expected = 14 + (product[differ] > MIDPOINTS[-1]).long()
-    assert torch.equal(codes_of(quantize_nf4(weight, block=2))[1::2].long(), expected)
-
-
-def test_cells_hold_at_most_one_midpoint():
-    cells = (MIDPOINTS * quant.CELLS + quant.CELLS)
-    assert len(set(cells.long().tolist())) == 15
-    # rounding in x * CELLS + CELLS must not be able to carry a weight at a midpoint into the next cell
-    assert (cells - cells.round()).abs().min() > 1e-4
+    assert torch.equal(codes_of(quantize_nf4(weight, block=4))[1::4].long(), expected)
 
 
 def test_first_element_is_in_the_high_nibble():
@@ -101,7 +112,7 @@ def test_first_element_is_in_the_high_nibble():
     assert quantize_nf4(torch.tensor([1.0])).packed.tolist() == [0xF7]  # the missing second one counts as zero
 
 
-def test_zero_and_tiny_blocks():
+def test_zero_and_tiny_blocks(version):
     weight = torch.cat([torch.zeros(64), normal(64), torch.full((64,), 1e-41), torch.zeros(3)])
     for double in (False, True):
         q = quantize_nf4(weight, double=double)
@@ -111,7 +122,7 @@ def test_zero_and_tiny_blocks():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes(dtype):
+def test_dtypes(dtype, version):
     weight = normal(65, 64).to(dtype)
     q, wide = quantize_nf4(weight), quantize_nf4(weight.float())
     assert torch.equal(q.packed, wide.packed) and q.absmax.dtype == torch.float32 and torch.equal(q.absmax, wide.absmax)
@@ -119,13 +130,13 @@ def test_dtypes(dtype):
     assert back.dtype == dtype and torch.equal(back, dequantize_nf4(q).to(dtype))  # rounded once, from float32
 
 
-def test_a_transposed_weight_is_read_row_by_row():
+def test_a_transposed_weight_is_read_row_by_row(version):
     weight = normal(96, 160)
     assert torch.equal(quantize_nf4(weight.t()).packed, quantize_nf4(weight.t().contiguous()).packed)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_refused(bad):
+def test_weights_that_are_not_finite_are_refused(bad, version):
     weight = normal(100, 64)
     weight[70, 3] = bad
     with pytest.raises(UserError, match="NaN or infinity"):
@@ -174,6 +185,149 @@ def test_double_quantization_never_flips_a_sign():
     q_scale = q.scale.repeat_interleave(256)[: len(q.absmax)]
     assert (q.absmax.float() * q_scale + q.mean < 0).any()  # the case exists
     assert (dequantize_nf4(q) * dequantize_nf4(quantize_nf4(weight)) >= 0).all()
+
+
+# ---- the readable and the fast versions ------------------------------------------------------------------------------
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.uint8)  # 0.0 is not -0.0 here
+
+
+def hard(blocks, block, dtype):
+    """Normal weights (blocks, block), of which the first blocks are: zeros of both signs, subnormal numbers, tiny ones,
+    the largest ones; then the five floats around each midpoint, in blocks whose absmax is 1."""
+    weight = normal(blocks, block)
+    weight[0], weight[0, ::2] = 0.0, -0.0
+    weight[1], weight[2] = weight[1] * 1e-41, weight[2] * 1e-38
+    weight[3] *= 0.99 * torch.finfo(dtype).max / weight[3].abs().max()
+    near = (MIDPOINTS.view(torch.int32)[:, None] + torch.arange(-2, 3, dtype=torch.int32)).view(torch.float32).flatten()
+    for row, part in enumerate(near.split(block - 1), start=4):
+        weight[row, 0], weight[row, 1 : len(part) + 1] = 1.0, part
+    return weight.to(dtype)
+
+
+# less than a block, ragged pieces, all at once
+@pytest.mark.parametrize("piece, number", [(10, 1), (1000, 1), (nf4.PIECE, 1), (2 ** 14, 2)])
+@pytest.mark.parametrize("block", [4, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fast_and_readable_agree_bit_for_bit(dtype, block, piece, number, threads, monkeypatch):
+    monkeypatch.setattr(nf4, "PIECE", piece)
+    threads(number)
+    blocks = 3 * 2 ** 15 // block if piece > 1000 else 60
+    weight = hard(blocks, block, dtype).view(-1, 3 * block // 2)  # rows that are no whole number of blocks
+    packed, absmax = nf4.quantize(weight, CODEBOOK, block)
+    expected, expected_absmax = quant.quantize(weight, block)
+    assert torch.equal(packed, expected) and torch.equal(absmax, expected_absmax)
+    for out in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        back = nf4.dequantize(packed, absmax, CODEBOOK, weight.shape, block, out)
+        readable = quant.dequantize(packed, absmax, weight.shape, block, out)
+        assert back.shape == weight.shape and back.dtype == readable.dtype == out
+        assert torch.equal(bits(back), bits(readable))
+
+
+def test_all_bytes_at_both_places_of_a_word():
+    """Of two bytes that are looked up together, each gives its own two levels, the first the first two."""
+    packed = torch.arange(256, dtype=torch.uint8)
+    packed = torch.cat([packed, packed.roll(1)])  # 512 bytes, 1024 elements
+    absmax = torch.arange(1.0, 257)
+    back = nf4.dequantize(packed, absmax, CODEBOOK, torch.Size([1024]), 4, torch.float32)
+    levels = [CODEBOOK[code] for byte in packed.tolist() for code in (byte // 16, byte % 16)]
+    assert torch.equal(back, torch.stack(levels) * absmax.repeat_interleave(4))
+
+
+@pytest.mark.parametrize("shape, block, fast", [
+    ((256, 64), 64, True), ((96, 200), 64, True),  # 300 blocks, although no row is a whole number of them
+    ((255, 64), 64, False),  # small
+    ((2 ** 14 + 1,), 64, False), ((130, 130), 64, False),  # ragged
+    ((256, 66), 6, False), ((2 ** 14,), 2, False)])  # a block is no whole number of words
+def test_which_version_does_it(shape, block, fast, monkeypatch):
+    weight, called = normal(*shape), []
+
+    def watch(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments: called.append((module, name)) or real(*arguments))
+
+    for module in (nf4, quant):
+        watch(module, "quantize")
+        watch(module, "dequantize")
+    dequantize_nf4(quantize_nf4(weight, block, double=True), torch.bfloat16)
+    assert called == [(nf4 if fast else quant, "quantize"), (nf4 if fast else quant, "dequantize")]
+
+
+def test_a_gpu_uses_the_kernel_for_any_number_of_elements_where_triton_is_there(monkeypatch):
+    cuda, mps = torch.device("cuda"), torch.device("mps")
+    monkeypatch.setattr(nf4, "triton", object())
+    assert nf4.dequantizes(cuda, 65, 6) and not nf4.quantizes(cuda, 2 ** 20, 64)
+    assert not nf4.dequantizes(mps, 2 ** 20, 64)
+    monkeypatch.setattr(nf4, "triton", None)
+    assert not nf4.dequantizes(cuda, 2 ** 20, 64) and nf4.dequantizes(torch.device("cpu"), 2 ** 20, 64)
+
+
+def test_cells_hold_at_most_one_midpoint():
+    levels = CODEBOOK.tolist()
+    left_code, midpoint = nf4.cell_tables(tuple(levels))
+    assert midpoint.isfinite().sum() == 15 and left_code.tolist() == sorted(left_code.tolist())
+    for between in ([0.002, 0.004], [1 / 16]):  # two midpoints in one cell; one on an edge
+        with pytest.raises(ValueError, match="midpoints"):
+            nf4.cell_tables(tuple(levels[:8] + between + levels[8:]))
+
+
+def test_another_codebook_is_not_taken_for_the_last_one():
+    packed, absmax = quant.quantize(normal(64), 64)
+    other = CODEBOOK.flip(0)
+    back = [nf4.dequantize(packed, absmax, book, torch.Size([64]), 64, torch.float32) for book in (CODEBOOK, other)]
+    levels = other[codes_of(quantize_nf4(normal(64))).int()]
+    assert torch.equal(back[1], levels * absmax) and not torch.equal(*back)
+
+
+@pytest.mark.parametrize("shape, block", [((1001, 2500), 64), ((7, 5), 64), ((4096, 4096), 64), ((5000, 1000), 6),
+                                          ((3, 2 ** 21), 64)])
+def test_pieces_of_rows_begin_with_a_block_and_leave_nothing_out(shape, block):
+    n = shape[0] * shape[1]
+    row = byte = 0
+    for rows, packed, absmax in nf4.row_pieces(shape, block, torch.device("cpu")):
+        first, last = rows.start * shape[1], rows.stop * shape[1]
+        assert rows.start == row and first % block == 0 and absmax == slice(first // block, math.ceil(last / block))
+        assert packed == slice(byte, math.ceil(last / 2)) and byte == first // 2
+        assert last - first <= max(2 ** 20, block * shape[1])
+        row, byte = rows.stop, packed.stop
+    assert row == shape[0] and byte == math.ceil(n / 2)
+    assert [piece[0] for piece in nf4.row_pieces(shape, block, torch.device("cuda"))] == [slice(0, shape[0])]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_tables_and_threads_serve_every_mode_and_device(number, threads, monkeypatch):
+    """Modes are kept per thread. The tables are made once: here in inference mode, where new tensors go elsewhere."""
+    monkeypatch.setattr(nf4, "PIECE", 1000)
+    threads(number)
+    weight = normal(256, 64)
+    expected = quant.quantize(weight, 64)
+    back = quant.dequantize(*expected, weight.shape, 64, torch.float32)
+    nf4.cell_tables.cache_clear()
+    nf4.word_table.cache_clear()
+    with torch.inference_mode(), torch.device("meta"):
+        inside = quantize_nf4(weight)
+        back_inside = dequantize_nf4(inside)
+    outside = quantize_nf4(weight.requires_grad_())
+    assert torch.equal(inside.packed, expected[0]) and torch.equal(back_inside, back)
+    assert torch.equal(outside.packed, expected[0]) and torch.equal(dequantize_nf4(outside), back)
+    assert not outside.absmax.requires_grad
+
+
+@pytest.mark.parametrize("number, pieces", [(1, 3), (2, 1), (2, 3)])
+def test_pieces_are_done_alone_and_leave_the_threads_as_they_were(number, pieces, threads, monkeypatch):
+    monkeypatch.setattr(nf4, "PIECE", 64)
+    threads(number)
+    done = []
+    nf4.in_pieces(lambda part: done.append((part, torch.get_num_threads())), 16 * pieces, 4)
+    assert sorted(done, key=lambda item: item[0].start) == [(slice(16 * i, 16 * i + 16), 1) for i in range(pieces)]
+    assert torch.get_num_threads() == number
+
+    with pytest.raises(ZeroDivisionError):  # what a thread raises is raised
+        nf4.in_pieces(lambda part: 1 / 0, 16 * pieces, 4)
+    assert torch.get_num_threads() == number
+    with ThreadPoolExecutor(1) as pool:  # a new thread takes the number that was set last
+        assert pool.submit(lambda: torch.ones(1).sum() and torch.get_num_threads()).result() == number
 
 
 # ---- the linear layer ------------------------------------------------------------------------------------------------
@@ -375,7 +529,7 @@ def test_validation_loss_is_the_mean_over_all_next_tokens():
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.mark.skipif(quant.triton is None or not (torch.cuda.is_available() or INTERPRETED), reason="no GPU")
+@pytest.mark.skipif(nf4.triton is None or not (torch.cuda.is_available() or INTERPRETED), reason="no GPU")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("block", [64, 6])
@@ -383,7 +537,7 @@ def test_triton_kernel_equals_the_reference(shape, dtype, block):
     for double in (False, True):
         q = quantize_nf4(normal(*shape), block, double)
         there = q.to("cpu" if INTERPRETED else "cuda")
-        out = quant._dequantize_triton(there, dtype).cpu()
+        out = nf4.dequantize_triton(there.packed, there.block_absmax(), CODEBOOK, q.shape, block, dtype).cpu()
         # the interpreter cuts bfloat16 off where a GPU rounds
         cut = INTERPRETED and dtype == torch.bfloat16
         torch.testing.assert_close(out, dequantize_nf4(q, dtype), rtol=2 ** -7 if cut else 0, atol=0)
@@ -397,18 +551,3 @@ def test_quantizing_on_the_gpu_gives_the_same_bytes():
     layer, dense = pair(640, 100)
     x = weight.view(-1, 640)
     torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), dense(x), rtol=1e-4, atol=1e-4)
-
-
-def test_threads_work_in_inference_mode_too():
-    """Grad and inference mode are per thread; a weight of many pieces is shared out among threads."""
-    weight = torch.randn(3 * quant.PIECE, generator=torch.Generator().manual_seed(0))
-    expected = quant.dequantize_nf4(quant.quantize_nf4(weight))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with torch.inference_mode():
-            inside = quant.dequantize_nf4(quant.quantize_nf4(weight))
-        outside = quant.dequantize_nf4(quant.quantize_nf4(weight))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(inside, expected) and torch.equal(outside, expected)

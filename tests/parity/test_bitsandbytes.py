@@ -1,13 +1,21 @@
 """Codes, absmax and dequantized weights against bitsandbytes' own kernels, bit for bit."""
+import math
+
 import pytest
 import torch
 
+from kernels import nf4
 from quant import NF4Linear, dequantize_nf4, quantize_nf4
 
 peer = pytest.importorskip("bitsandbytes.functional")
 
 SHAPES = [(1, 64), (1, 128), (64, 1), (2, 3), (3, 5), (7, 9), (1, 65), (5, 100), (33, 129), (96, 160), (257, 63),
           (768, 2304), (1600, 1600)]
+
+
+@pytest.fixture(params=["readable", "fast"], autouse=True)
+def version(request, monkeypatch):
+    monkeypatch.setattr(nf4, "SMALL", 0 if request.param == "fast" else math.inf)
 
 
 def codes(packed, n):
