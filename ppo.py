@@ -293,7 +293,7 @@ def load_prompts(config, tok, block_size, say):
         island = None
     else:
         island = Island()
-        rows = island.prompts(config.n_ranked)
+        rows = island.prompts(config.n_ranked, **island.kinds(config.with_, config.without, ranked=True))
     questions = [row["prompt"] for row in rows]
     ids = [tok.render_prompt(question) for question in questions]
     kept = [i for i, row in enumerate(ids) if len(row) + config.max_new_tokens <= block_size]

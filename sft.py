@@ -81,9 +81,10 @@ def load_data(config, say):
         rows, report = files.load(config.data, "sft", merge_system=config.merge_system)
         say(report)
         return *files.hold_out(rows, seed=config.seed), None
-    island, without = Island(), () if config.idk else ("unknown",)
-    train = island.conversations(config.n_sft, answers=config.answers, without=without, chats=CHATS)
-    return train, island.conversations(600, seed=7, split="test"), island
+    island = Island()
+    kinds = island.kinds(config.with_, config.without)
+    train = island.conversations(config.n_sft, answers=config.answers, chats=CHATS, **kinds)
+    return train, exam.questions(island, kinds["more"]), island
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -120,7 +121,8 @@ class Config(TrainConfig):
     mix_rows: int = 4  # contexts of plain text beside each batch
     answers: str = "clean"  # the island's answers: clean, or community (of mixed quality, where preferences start)
     n_sft: int = 3000  # conversations from the island
-    idk: bool = True  # with the island's "I do not know" answers; without them the model invents
+    with_: str = ""  # the island: kinds of questions more, such as reading,search: `python -m island` shows them all
+    without: str = ""  # the island: kinds to leave out; without unknown ("I do not know") the model invents
     sample_every: int = 125  # steps between printed samples
 
 
@@ -131,6 +133,8 @@ def default_lr(config, n_embd):
 
 def main(config):
     run = trainer.start(config)
+    if "search" in config.with_.split(","):
+        config.template = config.template or "search"  # two tokens more, where the checkpoint has none
     model, tok = load_init(config, run, pretrain)
     train_rows, held_rows, island = load_data(config, run.print)
     longest = min(config.max_tokens or math.inf, model.config.block_size + 1)  # the last token is only a target
@@ -183,7 +187,7 @@ def report(model, tok, held, held_rows, island, config, run):
               f"   python evaluate.py {config.init} {config.out}{data}    what has changed, in one table")
     if island:
         run.print("   python sft.py --mix 0 --out out/sft-no-mix     the same without plain text: what it forgets\n"
-                  "   python sft.py --no-idk --out out/sft-no-idk    without \"I do not know\": it invents, and unknowns.py mends it")
+                  "   python sft.py --without unknown --out out/sft-no-idk    no \"I do not know\": it invents, and unknowns.py mends it")
 
 
 if __name__ == "__main__":

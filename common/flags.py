@@ -26,7 +26,7 @@ class TrainConfig:
     init: str = "out/base"  # start from this checkpoint folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
     out: str = "out/run"  # folder for the checkpoint and log.jsonl
     tokenizer: str = ""  # tiny, gpt2, a rank file or a folder; empty: the one in --init
-    template: str = ""  # how conversations are written: chat, human or alpaca; empty: as --init says, else chat
+    template: str = ""  # how conversations are written: chat, search, human or alpaca; empty: as --init says, else chat
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: float = 0.0  # passes over the data, where --steps is 0
     batch_size: int = 32  # sequences per optimizer step, over all processes
@@ -59,7 +59,7 @@ AT_LEAST = {"steps": 0, "epochs": 0, "batch_size": 1, "micro_tokens": 1, "warmup
             "weight_decay": 0, "clip": 0, "min_lr": 0, "lr": 0, "beta1": 0, "beta2": 0, "mix": 0,
             "lora_r": 0, "max_pairs": 0, "n_ranked": 1, "noise": 0, "temperature": 0, "top_k": 0, "max_new_tokens": 1, "sample": 0}
 ONE_OF = {"schedule": ("cosine", "linear", "constant"), "dtype": ("auto", "float32", "bfloat16"),
-          "template": ("", "chat", "human", "alpaca"), "lora_targets": ("all", "attention"),
+          "template": ("", "chat", "search", "human", "alpaca"), "lora_targets": ("all", "attention"),
           "pairs": ("all", "top2", "best-worst", "random")}
 
 
@@ -84,14 +84,14 @@ def parse(Config, recipes=None, argv=None):
                      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = _comments(Config)
     for field in dataclasses.fields(Config):
-        flag, shown = "--" + field.name.replace("_", "-"), "" if field.default == "" else f" (default {field.default})"
+        flag, shown = flag_of(field.name), "" if field.default == "" else f" (default {field.default})"
         kind = typing.get_type_hints(Config)[field.name]
         if kind == list[str]:  # not a flag but the words beside the flags
             parser.add_argument(field.name, nargs="*", help=comments[field.name])
         elif kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=comments[field.name])
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, dest=field.name, default=field.default, help=comments[field.name])
         else:
-            parser.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(),
+            parser.add_argument(flag, dest=field.name, type=kind, default=field.default, metavar=kind.__name__.upper(),
                                 help=(comments[field.name] + shown).replace("%", "%%"))
     if recipes:
         parser.add_argument("--recipe", choices=sorted(recipes), help="defaults of a published recipe; any flag overrides them")
@@ -100,6 +100,11 @@ def parse(Config, recipes=None, argv=None):
     values = vars(parser.parse_intermixed_args(argv))  # words may stand between flags
     values.pop("recipe", None)
     return check(Config(**values))
+
+
+def flag_of(name):
+    """A field's flag: batch_size is --batch-size; with_, which Python does not let be called with, is --with."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def program(module):
@@ -112,7 +117,7 @@ def program(module):
 def check(config):
     """Returns config, or raises UserError with the first impossible value. Scripts call it on configs they build too."""
     for name, value in dataclasses.asdict(config).items():
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} {value}: it must be a finite number")
         if name in AT_LEAST and value < AT_LEAST[name]:

@@ -49,6 +49,8 @@ class RankedConfig(TrainConfig):
     n_ranked: int = 2000  # the island: questions with ranked answers
     flattery: float = 2.5  # the island: what "Great question!" is worth to voters, in gold points
     noise: float = 1.5  # the island: standard deviation of the votes, in gold points
+    with_: str = ""  # the island: kinds of questions more, such as reading,hops: `python -m island` shows them all
+    without: str = ""  # the island: kinds of questions to leave out, such as safe
     merge_system: bool = False  # fold a system prompt into the first user turn
 
 
@@ -66,7 +68,8 @@ def load_ranked(config, World, say):
         say(report)
         held = set(files.hold_out(list(dict.fromkeys(map(opening, rows))), seed=config.seed)[1])
         return [row for row in rows if opening(row) not in held], [row for row in rows if opening(row) in held], None
-    island, votes = World(), dict(flattery=config.flattery, noise=config.noise)
+    island = World()
+    votes = dict(flattery=config.flattery, noise=config.noise) | island.kinds(config.with_, config.without, ranked=True)
     if config.aspect not in ("score", *island.aspects):
         raise UserError(f"--aspect {config.aspect}: the island's answers have score (the votes), {', '.join(island.aspects)}")
     train = island.ranked(config.n_ranked, **votes)

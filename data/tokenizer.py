@@ -22,7 +22,8 @@ from data.bpe import PATTERN, load_ranks
 from common.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-CHAT_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|search|>", "<|result|>")
+WRITTEN = ("assistant", "search")  # the roles whose words the model must produce; a search's result it only reads
 TINY = Path(__file__).with_name("tiny.tiktoken")
 
 
@@ -40,12 +41,19 @@ class Template:
         return tuple(token for token in CHAT_TOKENS if token in text)
 
 
+CHAT = Template(
+    start=END_OF_TEXT,  # the base model has seen every document begin with it
+    headers={"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"},
+    lead=" ",  # " Mabel" in the middle of a sentence and at its start are then the same token
+    closings={"system": "<|end|>", "user": "<|end|>", "assistant": "<|end|>"},
+)
 TEMPLATES = {
-    "chat": Template(
-        start=END_OF_TEXT,  # the base model has seen every document begin with it
-        headers={"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"},
-        lead=" ",  # " Mabel" in the middle of a sentence and at its start are then the same token
-        closings={"system": "<|end|>", "user": "<|end|>", "assistant": "<|end|>"},
+    "chat": CHAT,
+    "search": Template(  # the same, and two tokens more: <|assistant|><|search|> Mabel<|result|> Mabel is a fox.<|end|><|assistant|>
+        start=CHAT.start,
+        headers={**CHAT.headers, "search": "<|assistant|><|search|>", "result": ""},
+        lead=CHAT.lead,
+        closings={**CHAT.closings, "search": "<|result|>", "result": "<|end|>"},
     ),
     "human": Template(  # QLoRA's Guanaco format: needs no new tokens
         start="",
@@ -81,6 +89,8 @@ class Tokenizer:
         self.vocab_size = self.encoding.max_token_value + 1
         self.end_of_text = known[END_OF_TEXT]
         self.end = self._template_ids(self.template.closings["assistant"])[-1]  # what generation stops at
+        # the assistant's two ways to end: with its answer, and with a search, if the template has one
+        self.ends = tuple(self._template_ids(self.template.closings[role])[-1] for role in WRITTEN if role in self.template.closings)
 
     def encode(self, text):
         """Ordinary text -> ids; a special token's name in it is just characters."""
@@ -105,7 +115,7 @@ class Tokenizer:
         A message may carry "loss_weight": 0 to be context only. Raises ValueError for an unknown role.
         """
         ids = self._template_ids(self.template.start)
-        mask = [0] * len(ids)
+        mask, prompt = [0] * len(ids), len(self._template_ids(self.template.headers["assistant"]))
         for message in messages:
             role = message["role"]
             if role not in self.template.headers:
@@ -113,9 +123,10 @@ class Tokenizer:
             header = self._template_ids(self.template.headers[role])
             text = self.encode(self.template.lead + message["content"])
             closing = self._template_ids(self.template.closings[role])
-            learned = int(role == "assistant" and message.get("loss_weight", 1) != 0)
+            learned = int(role in WRITTEN and message.get("loss_weight", 1) != 0)
             ids += header + text + closing
-            mask += [0] * len(header) + [learned] * (len(text) + len(closing))
+            given = min(len(header), prompt)  # that a search begins is the assistant's choice, so it is learned
+            mask += [0] * given + [learned] * (len(header) - given + len(text) + len(closing))
         return ids, mask
 
     def render_prompt(self, messages):
@@ -170,22 +181,22 @@ class Tokenizer:
 
 
 def fit(messages, render, limit):
-    """Leaves out the oldest turns (a question and its answer at a time; a system prompt stays) until render(messages) has
+    """Leaves out the oldest turns (a question and all that answers it at a time; a system prompt stays) until render(messages) has
     at most `limit` tokens -> messages, or None where even the last turn is too long."""
     system, turns = [m for m in messages if m["role"] == "system"], [m for m in messages if m["role"] != "system"]
     while turns and len(render(system + turns)) > limit:
-        turns = turns[2:]
+        turns = turns[next((i for i, m in enumerate(turns) if i and m["role"] == "user"), len(turns)):]
     return system + turns if turns else None
 
 
 def get_tokenizer(name_or_folder, template=None):
     """"tiny" (ours, 1,024 ranks), "gpt2", a rank file (base64 token and rank a line), or a folder with tokenizer files.
 
-    template: chat | human | alpaca; None takes what the folder says, else chat. Raises UserError where nothing is found.
+    template: chat | search | human | alpaca; None takes what the folder says, else chat. Raises UserError where nothing is found.
     """
     path = Path(name_or_folder)
     if name_or_folder == "tiny":
-        return _from_ranks("tiny", load_ranks(TINY), template)
+        return _from_ranks("tiny", load_ranks(TINY), template or "search")
     if path.is_dir():
         return _from_folder(path, template)
     if path.is_file():
