@@ -135,6 +135,8 @@ def main(config):
     run = trainer.start(config)
     if "search" in config.with_.split(","):
         config.template = config.template or "search"  # two tokens more, where the checkpoint has none
+        if config.template != "search":
+            raise UserError(f"--with search --template {config.template}: only --template search has a form for searches")
     model, tok = load_init(config, run, pretrain)
     train_rows, held_rows, island = load_data(config, run.print)
     longest = min(config.max_tokens or math.inf, model.config.block_size + 1)  # the last token is only a target

@@ -54,9 +54,10 @@ def is_idle(answer):
     return len(sentences) != len(set(sentences)) or len(plain_words(answer).split()) > 24
 
 
-def symbols(answer):
-    """The numbers and single letters of an answer, in order: what an answer about letters or sums comes down to."""
-    return [word for word in plain_words(answer).split() if word.isdigit() or len(word) == 1]
+def spells(answer, keys):
+    """Are the numbers and single letters of an answer these, in this order? It ends with the last letter, for "a" is a word."""
+    said = plain_words(answer).split()
+    return [word for word in said if word.isdigit() or len(word) == 1] == list(keys) and (keys[-1].isdigit() or said[-1] == keys[-1])
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import re
 from island import words
 from island.kinds import ATTRIBUTES, KINDS, SHARE, answered, is_suggestion, wording
 from island.told import (Question, complies, flatters, is_idle, is_polite, names, plain_words, refuses, says_unknown,
-                         symbols)
+                         spells)
 from data.readability import is_simple
 from data.shapes import says
 from common.errors import UserError
@@ -244,7 +244,7 @@ class Island:
         if question.kind == "safe" and refuses(answer):
             return False
         if question.kind in ("spelling", "sums"):
-            return symbols(answer) == list(question.keys)
+            return spells(answer, question.keys)
         if not question.attribute:
             return all(names(answer, key) for key in question.keys)
         facts = self.residents.get(question.subject, {})
