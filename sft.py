@@ -165,7 +165,7 @@ def main(config):
             mix_step(model, text, step, config, run)
         log.write(step, loss=run.sum(loss), **trainer.update(model, optimizer, config, run, step))
         if log.due(step, config.eval_every):
-            log.write(step, held_out=evaluate(model, held, run, config.micro_tokens))
+            log.write(step, held_out=evaluate(model, held[:120], run, config.micro_tokens))  # a part; the whole at the end
         if log.due(step, config.sample_every):
             log.print(f"step {step + 1}:\n{sample_text(model, tok, held_rows, run)}")
         if log.due(step, config.save_every):
