@@ -24,7 +24,7 @@ from data.readability import is_simple
 from data.shapes import says
 from common.errors import UserError
 
-PLAIN_TEXT = {"biography": 60, "hard": 12, "why": 18, "story": 5, "safety": 3, "pip": 2}  # weights, not percent
+PLAIN_TEXT = {"biography": 62, "hard": 18, "why": 12, "story": 5, "safety": 3, "pip": 2}  # weights, not percent
 CONVERSATIONS = {"fact": 38, "multi": 13, "why": 8, "unknown": 12, "unsafe": 8, "safe": 5, "identity": 8, "system": 8}
 RANKED = {"fact": 55, "unknown": 20, "unsafe": 15, "safe": 10}
 UNRANKED = ("search",)  # its answer comes in two parts, and votes are about one
