@@ -87,12 +87,10 @@ class Config(TrainConfig):
     init: str = ""  # go on from this checkpoint; empty: start from random weights
     out: str = "out/base"  # folder for the checkpoint and log.jsonl
     tokenizer: str = "tiny"  # tiny, gpt2, a rank file or a folder
-    steps: int = 330  # optimizer steps
-    batch_size: int = 12  # windows of --block-size tokens per optimizer step
+    steps: int = 300  # optimizer steps
+    batch_size: int = 16  # windows of --block-size tokens per optimizer step
     lr: float = 1e-2  # highest learning rate
-    min_lr: float = 0.0  # the last learning rate as a share of --lr
-    warmup: int = 20  # steps in which the learning rate rises from 0
-    schedule: str = "late"  # cosine, linear, late (linear, from 40 % of the steps on) or constant
+    warmup: int = 40  # steps in which the learning rate rises from 0
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads
     n_embd: int = 128  # width

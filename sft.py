@@ -113,7 +113,7 @@ RECIPES = {  # InstructGPT, appendix C.1; LIMA, section 3; Llama 2, section 3.1
 @dataclass
 class Config(TrainConfig):
     out: str = "out/sft"  # folder for the checkpoint and log.jsonl
-    lr: float = 0.0  # highest learning rate; 0: by the model's width (3e-3 at 128, 6e-5 at GPT-2's 768; adapters 4 times that)
+    lr: float = 0.0  # highest learning rate; 0: by the model's width (2e-3 at 128, 6e-5 at GPT-2's 768; adapters 4 times that)
     max_tokens: int = 0  # longest example; 0: the model's context
     merge_system: bool = False  # fold a system prompt into the first user turn
     mix: float = 1.0  # weight of the loss on plain text beside each batch: it keeps what the base model knows
@@ -128,12 +128,12 @@ class Config(TrainConfig):
 
 def default_lr(config, n_embd):
     """A learning rate that works for the tiny model (width 128) and for GPT-2's sizes; adapters want a higher one."""
-    return 8e-3 * (128 / n_embd) ** 2 if config.lora_r else 3e-3 * (128 / n_embd) ** 2.2
+    return (8e-3 if config.lora_r else 2e-3) * (128 / n_embd) ** 2
 
 
 def main(config):
     run = trainer.start(config)
-    if "search" in config.with_.split(","):
+    if "search" in config.with_.replace(" ", "").split(","):
         config.template = config.template or "search"  # two tokens more, where the checkpoint has none
         if config.template != "search":
             raise UserError(f"--with search --template {config.template}: only --template search has a form for searches")
@@ -143,7 +143,7 @@ def main(config):
     train, held = (make_examples(rows, tok, longest, run.print) for rows in (train_rows, held_rows))
     text = load_mix(config, tok, run.print)
     batches = trainer.Batches([len(ids) for ids, _ in train], config.batch_size, config.seed)
-    steps = config.steps or math.ceil(config.epochs * len(batches)) or ((350 if config.lora_r else 250) if island else 3 * len(batches))
+    steps = config.steps or math.ceil(config.epochs * len(batches)) or (350 if island else 3 * len(batches))
     config.lr = config.lr or default_lr(config, model.config.n_embd)
     run.print(f"{len(train):,} conversations, {steps} steps of {config.batch_size}, lr {config.lr:.2g}; "
               f"held-out loss before: {evaluate(model, held, run, config.micro_tokens):.3f}")

@@ -209,15 +209,12 @@ def muon(model, config):
 
 
 def learning_rate(step, steps, config):
-    """Linear warm-up to config.lr, then cosine or linear decay to min_lr * lr at the last step (late: linear, from 40 % of the
-    steps on), or constant."""
+    """Linear warm-up to config.lr, then cosine or linear decay to min_lr * lr at the last step, or constant."""
     if step < config.warmup:
         return config.lr * (step + 1) / (config.warmup + 1)
     if config.schedule == "constant":
         return config.lr
     progress = (step - config.warmup) / max(1, steps - 1 - config.warmup)  # 0 ... 1
-    if config.schedule == "late":
-        progress = max(0.0, (step / max(1, steps - 1) - 0.4) / 0.6)
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return config.lr * (config.min_lr + (1 - config.min_lr) * shape)
 

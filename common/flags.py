@@ -34,7 +34,7 @@ class TrainConfig:
     lr: float = 1e-3  # highest learning rate
     min_lr: float = 0.1  # the last learning rate as a share of --lr
     warmup: int = 20  # steps in which the learning rate rises from 0
-    schedule: str = "cosine"  # cosine, linear, late (linear, from 40 % of the steps on) or constant
+    schedule: str = "cosine"  # cosine, linear or constant
     beta1: float = 0.9  # AdamW: decay of the gradient's mean
     beta2: float = 0.95  # AdamW: decay of the gradient's square
     eps: float = 1e-8  # AdamW: added to the root of the square, against division by almost nothing
@@ -58,7 +58,7 @@ class TrainConfig:
 AT_LEAST = {"steps": 0, "epochs": 0, "batch_size": 1, "micro_tokens": 1, "warmup": 0, "eval_every": 0, "save_every": 0,
             "weight_decay": 0, "clip": 0, "min_lr": 0, "lr": 0, "beta1": 0, "beta2": 0, "mix": 0,
             "lora_r": 0, "max_pairs": 0, "n_ranked": 1, "noise": 0, "temperature": 0, "top_k": 0, "max_new_tokens": 1, "sample": 0}
-ONE_OF = {"schedule": ("cosine", "linear", "late", "constant"), "dtype": ("auto", "float32", "bfloat16"),
+ONE_OF = {"schedule": ("cosine", "linear", "constant"), "dtype": ("auto", "float32", "bfloat16"),
           "template": ("", "chat", "search", "human", "alpaca"), "lora_targets": ("all", "attention"),
           "pairs": ("all", "top2", "best-worst", "random")}
 

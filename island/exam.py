@@ -21,7 +21,7 @@ from data.shapes import says
 from generate import ask, question_of, respond
 from island.kinds import KINDS
 from island.told import complies, flatters, plain_words, refuses, says_unknown
-from island.world import CONVERSATIONS, LATER, Island
+from island.world import CONVERSATIONS, Island
 from island.words import ASK
 from model import token_logps
 
@@ -119,7 +119,7 @@ def harder(rows, island):
     """Some of the rows again -> [{"prompt", "kind"}, ...]: facts ("chat") and what is to be refused or not known ("later ...")
     after a question about somebody else, facts in a wording that no training has ("wording")."""
     facts, found = [row["messages"] for row in rows if row["kind"] == "fact"], []
-    for kind, name in {"fact": "chat", **{kind: f"later {kind}" for kind in LATER}}.items():
+    for kind, name in {"fact": "chat", "unknown": "later unknown", "unsafe": "later unsafe", "safe": "later safe"}.items():
         asked = [question_of(row["messages"]) for row in rows if row["kind"] == kind]
         found += [{"prompt": before + prompt, "kind": name} for before, prompt in zip(itertools.cycle(facts[-1:] + facts[:-1]), asked)]
     for fact in map(island.understand, map(question_of, facts)):

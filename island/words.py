@@ -21,7 +21,7 @@ Jake Kay Kate Nate Jane Dave Wade Dean Sean Jean Carl Earl Karl Mark Frank Hank 
 """.split()
 
 IN_PIECES = """
-Waffle Pebble Nibble Holly Tilly Lenny Dingo Gumbo Muffin Lotto
+Waffle Pebble Nibble Tilly Lenny Dingo Gumbo Muffin Momo Lotto
 Stan Fran Gary Larry Kerry Della Dina Dora Lena Nola Zack Mick Nate Dave Sean Karl Hank Hanna Jay
 """.split()  # names of several tokens, so that it shows what knows a name by its only one; every other name is one token
 

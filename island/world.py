@@ -25,11 +25,10 @@ from data.shapes import says
 from common.errors import UserError
 
 PLAIN_TEXT = {"biography": 62, "hard": 18, "why": 12, "story": 5, "safety": 3, "pip": 2}  # weights, not percent
-CONVERSATIONS = {"fact": 38, "multi": 13, "why": 8, "unknown": 12, "unsafe": 8, "safe": 5, "identity": 8, "system": 8}
+CONVERSATIONS = {"fact": 38, "multi": 15, "why": 8, "unknown": 12, "unsafe": 8, "safe": 5, "identity": 8, "system": 8}
 RANKED = {"fact": 55, "unknown": 20, "unsafe": 15, "safe": 10}
 UNRANKED = ("search",)  # its answer comes in two parts, and votes are about one
-CHATS = 0.2  # share of training conversations that go on from another one: without, a second question confuses the model
-LATER = ("unknown", "unsafe", "safe")  # twice as many of these: they are rare, and easily forgotten in a chat
+CHATS = 0.3  # share of training conversations that go on from another one: without, a second question confuses the model
 COMMUNITY = {  # how often people answer how, where the answers are not cleaned
     "fact": {"simple": 20, "detail": 15, "flattery": 15, "hard": 20, "wrong": 10, "flattery_wrong": 5, "rude": 8,
              "off_topic": 4, "idk": 3},
@@ -348,7 +347,7 @@ class Island:
         answers: "clean" gives reference answers; "community" draws the last answer of fact, unknown and unsafe rows
         from what people write (COMMUNITY has the shares). more, without: kinds beside those of CONVERSATIONS, and kinds to
         leave out, for instance ("unknown",). chats: the share of rows that go on from another one, as a chat does that
-        comes to something else; of those in LATER twice as many.
+        comes to something else.
         """
         if answers not in ("clean", "community"):
             raise UserError(f'answers is {answers!r}: choose "clean" or "community"')
@@ -365,7 +364,7 @@ class Island:
         rng = random.Random(f"{seed} chats")  # of its own: the same questions whatever the share
         talks = [row["messages"] for row in rows if row["kind"] != "system"]  # a system prompt stands at the start
         for row in rows:
-            if row["kind"] != "system" and rng.random() < chats * (1 + (row["kind"] in LATER)):
+            if row["kind"] != "system" and rng.random() < chats:
                 row["messages"] = rng.choice(talks) + row["messages"]
         return rows
 
