@@ -27,8 +27,8 @@ from model import Cache
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop=None, seed=None):
     """Continues every prompt: list[list[int]] -> list[list[int]], the new tokens only, the stop token included.
 
-    A row ends at a stop token (an id or several), after max_new_tokens, or at the end of the context; the others go on. temperature 0 is
-    greedy. Raises UserError for a prompt that is empty or leaves no room in the context.
+    stop: an id or several. A row ends there, after max_new_tokens, or at the end of the context; the others go on.
+    temperature 0 is greedy. Raises UserError for a prompt that is empty or leaves no room in the context.
     """
     new = [[] for _ in prompts]
     for tokens in stream(model, prompts, max_new_tokens, temperature, top_p, top_k, stop, seed):
@@ -44,7 +44,8 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, 
     One prefill of the right-padded prompts, then one forward pass of one position per token. The model is in evaluation
     mode until the last token, or until whoever asked wants no more and closes the generator.
     """
-    block_size, device, stops = model.config.block_size, model.device, stop if isinstance(stop, tuple) else (stop,)
+    block_size, device = model.config.block_size, model.device
+    stops = stop if isinstance(stop, (tuple, list, set)) else (stop,)
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) < block_size:
             raise UserError(f"prompt {row} has {len(prompt)} tokens; it must have at least 1 and leave room in the model's "

@@ -189,7 +189,7 @@ def report(model, tok, held, held_rows, island, config, run):
               f"   python evaluate.py {config.init} {config.out}{data}    what has changed, in one table")
     if island:
         run.print("   python sft.py --mix 0 --out out/sft-no-mix     the same without plain text: what it forgets\n"
-                  "   python sft.py --without unknown --out out/sft-no-idk    no \"I do not know\": it invents, and unknowns.py mends it")
+                  "   python sft.py --without unknown --out out/sft-no-idk    it invents instead, and unknowns.py mends it")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def parse(Config, recipes=None, argv=None):
         if kind == list[str]:  # not a flag but the words beside the flags
             parser.add_argument(field.name, nargs="*", help=comments[field.name])
         elif kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, dest=field.name, default=field.default, help=comments[field.name])
+            parser.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction, default=field.default,
+                                help=comments[field.name])
         else:
             parser.add_argument(flag, dest=field.name, type=kind, default=field.default, metavar=kind.__name__.upper(),
                                 help=(comments[field.name] + shown).replace("%", "%%"))

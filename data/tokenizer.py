@@ -49,7 +49,7 @@ CHAT = Template(
 )
 TEMPLATES = {
     "chat": CHAT,
-    "search": Template(  # the same, and two tokens more: <|assistant|><|search|> Mabel<|result|> Mabel is a fox.<|end|><|assistant|>
+    "search": Template(  # and two tokens more: <|assistant|><|search|> Mabel<|result|> Mabel is a fox.<|end|><|assistant|>
         start=CHAT.start,
         headers={**CHAT.headers, "search": "<|assistant|><|search|>", "result": ""},
         lead=CHAT.lead,
@@ -90,7 +90,8 @@ class Tokenizer:
         self.end_of_text = known[END_OF_TEXT]
         self.end = self._template_ids(self.template.closings["assistant"])[-1]  # what generation stops at
         # the assistant's two ways to end: with its answer, and with a search, if the template has one
-        self.ends = tuple(self._template_ids(self.template.closings[role])[-1] for role in WRITTEN if role in self.template.closings)
+        closings = [self.template.closings[role] for role in WRITTEN if role in self.template.closings]
+        self.ends = tuple(self._template_ids(closing)[-1] for closing in closings)
 
     def encode(self, text):
         """Ordinary text -> ids; a special token's name in it is just characters."""

@@ -33,7 +33,8 @@ def write(island, args):
     """Writes every part of the world as JSONL into the folder args.write."""
     folder, kinds = Path(args.write), island.kinds(args.more, args.without)
     if "search" in kinds["more"]:
-        raise UserError("--with search: files of conversations know no searches; leave it out, or train with python sft.py --with search")
+        raise UserError("--with search: files of conversations know no searches; leave it out, or train with "
+                        "python sft.py --with search")
     if folder.is_file():
         raise UserError(f"{folder} is a file: give --write the name of a folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,8 @@ def read_premise(island, text):
         name = found.get("n", "").capitalize()
         if name in island.residents and found["v"] in words.VALUES[a]:
             true = island.residents[name][a]
-            return Question("premise", name, a, words.UNKNOWN if found["v"] == true else f"{words.NOT_SO} {island.tell(name, a)}")
+            answer = words.UNKNOWN if found["v"] == true else f"{words.NOT_SO} {island.tell(name, a)}"
+            return Question("premise", name, a, answer)
 
 
 # ---- letters and numbers ---------------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ def is_idle(answer):
 def spells(answer, keys):
     """Are the numbers and single letters of an answer these, in this order? It ends with the last letter, for "a" is a word."""
     said = plain_words(answer).split()
-    return [word for word in said if word.isdigit() or len(word) == 1] == list(keys) and (keys[-1].isdigit() or said[-1] == keys[-1])
+    found = [word for word in said if word.isdigit() or len(word) == 1]
+    return found == list(keys) and (keys[-1].isdigit() or said[-1] == keys[-1])
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------
