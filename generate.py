@@ -27,8 +27,8 @@ from model import Cache
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop=None, seed=None):
     """Continues every prompt: list[list[int]] -> list[list[int]], the new tokens only, the stop token included.
 
-    A row ends at its stop token, after max_new_tokens, or at the end of the context; the others go on. temperature 0 is
-    greedy. Raises UserError for a prompt that is empty or leaves no room in the context.
+    stop: an id or several. A row ends there, after max_new_tokens, or at the end of the context; the others go on.
+    temperature 0 is greedy. Raises UserError for a prompt that is empty or leaves no room in the context.
     """
     new = [[] for _ in prompts]
     for tokens in stream(model, prompts, max_new_tokens, temperature, top_p, top_k, stop, seed):
@@ -45,6 +45,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, 
     mode until the last token, or until whoever asked wants no more and closes the generator.
     """
     block_size, device = model.config.block_size, model.device
+    stops = stop if isinstance(stop, (tuple, list, set)) else (stop,)
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) < block_size:
             raise UserError(f"prompt {row} has {len(prompt)} tokens; it must have at least 1 and leave room in the model's "
@@ -64,7 +65,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, 
             tokens = sample(model.head(hidden), temperature, top_p, top_k, generator)  # (B,)
             new = [(row, token) for row, token in zip(rows, tokens.tolist()) if going_on[row]]
             for row, token in new:
-                going_on[row] = n < limits[row] and token != stop
+                going_on[row] = n < limits[row] and token not in stops
             yield new
             alive = [i for i, row in enumerate(rows) if going_on[row]]
             if not alive:
@@ -128,19 +129,37 @@ def respond(model, tok, conversations, run, max_new_tokens=48, **sampling):
     its answer, the end token is part of it."""
     prompts = [fit_question(messages, tok, model.config.block_size, max_new_tokens)[1] for messages in conversations]
     with run.autocast():
-        return prompts, generate(model, prompts, max_new_tokens, stop=tok.end, **sampling)
+        return prompts, generate(model, prompts, max_new_tokens, stop=tok.ends, **sampling)
 
 
-def ask(model, tok, conversations, run, max_new_tokens=48, **sampling):
-    """The model's answers to conversations that end with a question: list[messages] -> list[str]."""
-    return [tok.answer(ids) for ids in respond(model, tok, conversations, run, max_new_tokens, **sampling)[1]]
+def ask(model, tok, conversations, run, max_new_tokens=48, look_up=None, **sampling):
+    """The model's answers to conversations that end with a question: list[messages] -> list[str].
+
+    look_up: a function, query -> text. Where the model writes a search instead of an answer, it is told what was found and
+    answers then; without look_up, or where it searches again, its query is its answer.
+    """
+    responses = respond(model, tok, conversations, run, max_new_tokens, **sampling)[1]
+    answers = [tok.answer(ids) for ids in responses]
+    searches = [i for i, ids in enumerate(responses) if look_up and ids and ids[-1] in tok.ends[1:]]
+    if searches:
+        told = [[*conversations[i], says("search", answers[i]), says("result", look_up(answers[i]))] for i in searches]
+        for i, answer in zip(searches, ask(model, tok, told, run, max_new_tokens, **sampling)):
+            answers[i] = answer
+    return answers
+
+
+def question_of(messages):
+    """A conversation up to its last question."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    return messages[:last + 1]
 
 
 def sample_text(model, tok, rows, run, n=4):
     """A few held-out questions with the model's answers, to read while it trains."""
     rows = rows[::max(1, len(rows) // n)][:n]
-    answers = ask(model, tok, [row["messages"][:-1] for row in rows], run, temperature=0.0)
-    return "\n".join(f"   {row['messages'][-2]['content'][:100]!r} -> {answer[:160]!r}" for row, answer in zip(rows, answers))
+    asked = [question_of(row["messages"]) for row in rows]
+    answers = ask(model, tok, asked, run, temperature=0.0)
+    return "\n".join(f"   {messages[-1]['content'][:100]!r} -> {answer[:160]!r}" for messages, answer in zip(asked, answers))
 
 
 def asker(folder, max_new_tokens):

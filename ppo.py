@@ -327,6 +327,8 @@ class Config(TrainConfig):
     minibatch: Positive = 32  # responses in an update
     ppo_epochs: Positive = 2  # passes over an iteration's responses
     n_prompts: Positive = 2000  # the island: questions that are drawn from
+    with_: str = ""  # the island: kinds of questions more, such as reading,hops: `python -m island` shows them all
+    without: str = ""  # the island: kinds of questions to leave out, such as safe
     merge_system: bool = False  # fold a system prompt into the first user turn
     max_new_tokens: Positive = 32  # longest response
     temperature: Amount = 1.0  # of the sampling, and of the log-probabilities
@@ -354,7 +356,7 @@ def load_prompts(config, tok, block_size, say):
         island = None
     else:
         island = Island()
-        rows = island.prompts(config.n_prompts)
+        rows = island.prompts(config.n_prompts, **island.kinds(config.with_, config.without, ranked=True))
     questions = [row["prompt"] for row in rows]
     ids = [tok.render_prompt(question) for question in questions]
     kept = [i for i, row in enumerate(ids) if len(row) + config.max_new_tokens <= block_size]

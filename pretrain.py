@@ -90,14 +90,15 @@ class Config(TrainConfig):
     init: str = ""  # go on from this checkpoint; empty: start from random weights
     out: str = "out/base"  # folder for the checkpoint and log.jsonl
     tokenizer: str = "tiny"  # tiny, gpt2, a rank file or a folder
-    steps: int = 600  # optimizer steps
+    steps: int = 300  # optimizer steps
     batch_size: int = 16  # windows of --block-size tokens per optimizer step
-    lr: float = 6e-3  # highest learning rate
+    lr: float = 1e-2  # highest learning rate
     warmup: int = 40  # steps in which the learning rate rises from 0
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads
     n_embd: int = 128  # width
     block_size: int = 128  # context length
+    muon: bool = True  # Muon (trainer.py) for the blocks' matrices; else AdamW for all, which needs twice the steps
     documents: int = 20000  # documents of the island's plain text
 
 
@@ -129,7 +130,7 @@ def main(config):
     steps = config.steps or math.ceil(config.epochs * len(train) / (config.batch_size * length))
     run.print(f"pretraining {sum(p.numel() for p in model.parameters()):,} parameters on {len(train):,} tokens")
 
-    optimizer = trainer.adamw(model, config)
+    optimizer = (trainer.muon if config.muon else trainer.adamw)(model, config)
     first = trainer.load_state(config, run, steps, model, optimizer)
     log = trainer.Log(config, run, first, steps)
     for step in log.steps():
@@ -137,7 +138,7 @@ def main(config):
         loss = pretrain_step(model, train, config.batch_size, step, config, run)
         log.write(step, loss=run.sum(loss), **trainer.update(model, optimizer, config, run, step))
         if log.due(step, config.eval_every):
-            log.write(step, held_out=text_loss(model, held, run))
+            log.write(step, held_out=text_loss(model, held[:32 * length], run))  # a part, in one pass; the whole at the end
         if log.due(step, config.save_every):
             save_checkpoint(config, run, step + 1, steps, model, tok, optimizer)
     trainer.finish(config, run, log, lambda: save_checkpoint(config, run, log.next, steps, model, tok, optimizer))

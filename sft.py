@@ -79,9 +79,10 @@ def load_data(config, say):
         rows, report = files.load(config.data, "sft", merge_system=config.merge_system)
         say(report)
         return *files.hold_out(rows, seed=config.seed, say=say), None
-    island, without = Island(), () if config.idk else ("unknown",)
-    train = island.conversations(config.n_sft, answers=config.answers, without=without, chats=CHATS)
-    return train, island.conversations(600, seed=7, split="test"), island
+    island = Island()
+    kinds = island.kinds(config.with_, config.without)
+    train = island.conversations(config.n_sft, answers=config.answers, chats=CHATS, **kinds)
+    return train, exam.questions(island, kinds["more"]), island
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -118,9 +119,10 @@ class Config(TrainConfig):
     mix: Amount = 1.0  # weight of the loss on plain text beside each batch: it keeps what the base model knows
     mix_data: str = ""  # plain text for --mix; empty: the island's, where --data is empty too
     mix_rows: int = 4  # contexts of plain text beside each batch
-    answers: Literal["clean", "community"] = "clean"  # the island: its answers, clean or community (of mixed quality, where preferences start)
+    answers: Literal["clean", "community"] = "clean"  # the island: its answers, clean or community (of mixed quality)
     n_sft: Positive = 3000  # the island: conversations
-    idk: bool = True  # the island: with "I do not know" answers; without them the model invents
+    with_: str = ""  # the island: kinds of questions more, such as reading,search: `python -m island` shows them all
+    without: str = ""  # the island: kinds to leave out; without unknown ("I do not know") the model invents
     sample_every: int = 125  # steps between printed samples
 
 
@@ -142,6 +144,10 @@ def sft_step(model, examples, config, run):
 
 def main(config):
     run = trainer.start(config)
+    if "search" in config.with_.replace(" ", "").split(","):
+        config.template = config.template or "search"  # two tokens more, where the checkpoint has none
+        if config.template != "search":
+            raise UserError(f"--with search --template {config.template}: only --template search has a form for searches")
     model, tok = load_init(config, run, pretrain)
     train_rows, held_rows, island = load_data(config, run.print)
     longest = min(config.max_tokens or math.inf, model.config.block_size + 1)  # the last token is only a target
@@ -163,7 +169,7 @@ def main(config):
             mix_step(model, text, step, config, run)
         log.write(step, loss=run.sum(loss), **trainer.update(model, optimizer, config, run, step))
         if log.due(step, config.eval_every):
-            log.write(step, held_out=evaluate(model, held, run, config.micro_tokens))
+            log.write(step, held_out=evaluate(model, held[:120], run, config.micro_tokens))  # a part; the whole at the end
         if log.due(step, config.sample_every):
             log.print(f"step {step + 1}:\n{sample_text(model, tok, held_rows, run)}")
         if log.due(step, config.save_every):
@@ -187,7 +193,7 @@ def report(model, tok, held, held_rows, island, config, run):
               f"   python evaluate.py {config.init} {config.out}{data}    what has changed, in one table")
     if island:
         run.print("   python sft.py --mix 0 --out out/sft-no-mix     the same without plain text: what it forgets\n"
-                  "   python sft.py --no-idk --out out/sft-no-idk    without \"I do not know\": it invents, and unknowns.py mends it")
+                  "   python sft.py --without unknown --out out/sft-no-idk    it invents instead, and unknowns.py mends it")
 
 
 if __name__ == "__main__":

@@ -157,6 +157,57 @@ def adamw(model, config):
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
 
 
+class Muon(torch.optim.AdamW):
+    """For the matrices of the blocks, in place of AdamW (Jordan et al. 2024; its scale: Liu et al. 2025, arXiv:2502.16982):
+
+        M <- mu M + G,    W <- W - lr (0.2 sqrt(max(m, n)) orth(G + mu M) + weight_decay W),    W (m, n), G its gradient
+
+    orth(U S V^T) = U V^T: every direction is learned at the same speed, and an entry's step is as large as one of AdamW's, so
+    that one learning rate serves both. A group's "parts": how many matrices lie on top of each other in its weights (q, k and
+    v in one layer), each orthogonalised by itself. Groups without them are AdamW's.
+    """
+
+    MOMENTUM = 0.95
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            parts, lr = group.get("parts"), group["lr"]
+            for p in [p for p in group["params"] if parts and p.grad is not None]:
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(p))  # AdamW's loader looks for a step
+                mean = state["momentum"].mul_(self.MOMENTUM).add_(p.grad)
+                ahead = torch.add(p.grad, mean, alpha=self.MOMENTUM).view(parts, -1, p.size(1))  # (parts, m, n)
+                scale = 0.2 * max(ahead.shape[1:]) ** 0.5
+                p.mul_(1 - lr * group["weight_decay"]).sub_(orthogonalize(ahead).view_as(p), alpha=lr * scale)
+                p.grad = None  # so that AdamW leaves it alone
+        super().step()
+
+
+def orthogonalize(G, steps=5):
+    """G (..., m, n) = U S V^T -> nearly U V^T, singular values from 0.7 to 1.2, by Newton-Schulz steps X <- aX + (bA + cA^2)X,
+    A = XX^T (coefficients: Jordan et al. 2024): matrix products only."""
+    X = G.mT if G.size(-2) > G.size(-1) else G  # the smaller A
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1
+    for _ in range(steps):
+        A = X @ X.mT
+        X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
+    return X.mT if G.size(-2) > G.size(-1) else X
+
+
+def muon(model, config):
+    """Muon for the blocks' matrices, AdamW for the rest (token vectors, biases, gains)."""
+    layers = model.linears()
+    parts = {layer.weight: layer.out_features // layer.in_features if path in model.attention_paths else 1
+             for path, layer in layers.items()}  # q, k and v on top of each other are three times as high as wide
+    others = adamw(model, config).param_groups
+    groups = [{**group, "params": [p for p in group["params"] if p not in parts]} for group in others]
+    groups += [{"params": [p for p in parts if parts[p] == n], "parts": n, "weight_decay": config.weight_decay}
+               for n in sorted(set(parts.values()))]
+    return Muon(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
 def learning_rate(step, steps, config):
     """Linear warm-up to config.lr, then cosine or linear decay to min_lr * lr at the last step, or constant."""
     if step < config.warmup:

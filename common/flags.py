@@ -36,7 +36,7 @@ Share = Annotated[float, Bounds(0, 1)]
 Probability = Annotated[float, Bounds(0, 1, "high")]
 Decay = Annotated[float, Bounds(0, 1, "low")]
 DType = Literal["auto", "float32", "bfloat16"]
-Template = Literal["", "chat", "human", "alpaca"]
+Template = Literal["", "chat", "search", "human", "alpaca"]
 
 
 @dataclass
@@ -47,7 +47,7 @@ class TrainConfig:
     init: str = "out/base"  # start from this checkpoint folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
     out: str = "out/run"  # folder for the checkpoint and log.jsonl
     tokenizer: str = ""  # tiny, gpt2, a rank file or a folder; empty: the one in --init
-    template: Template = ""  # how conversations are written: chat, human or alpaca; empty: as --init says, else chat
+    template: Template = ""  # how conversations are written: chat, search, human or alpaca; empty: as --init says, else chat
     steps: Count = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: Amount = 0.0  # passes over the data, where --steps is 0
     batch_size: Positive = 32  # sequences per optimizer step, over all processes
@@ -101,16 +101,16 @@ def parse(Config, recipes=None, argv=None):
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = _comments(Config)
     for field in dataclasses.fields(Config):
-        flag, shown = "--" + field.name.replace("_", "-"), "" if field.default == "" else f" (default {field.default})"
+        flag, shown = flag_of(field.name), "" if field.default == "" else f" (default {field.default})"
         kind = typing.get_type_hints(Config)[field.name]
         kind = str if typing.get_origin(kind) is Literal else kind
         if kind == list[str]:  # not a flag but the words beside the flags
             parser.add_argument(field.name, nargs="*", help=comments[field.name])
         elif kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default,
+            parser.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction, default=field.default,
                                 help=comments[field.name])
         else:
-            parser.add_argument(flag, type=kind, default=field.default, metavar=kind.__name__.upper(),
+            parser.add_argument(flag, dest=field.name, type=kind, default=field.default, metavar=kind.__name__.upper(),
                                 help=(comments[field.name] + shown).replace("%", "%%"))
     if recipes:
         parser.add_argument("--recipe", choices=sorted(recipes),
@@ -120,6 +120,11 @@ def parse(Config, recipes=None, argv=None):
     values = vars(parser.parse_intermixed_args(argv))  # words may stand between flags
     values.pop("recipe", None)
     return check(Config(**values))
+
+
+def flag_of(name):
+    """A field's flag: batch_size is --batch-size; with_, which Python does not let be called with, is --with."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def program(module):
@@ -147,7 +152,7 @@ def check(config):
     Config, comments = type(config), _comments(type(config))
     kinds = [typing.get_type_hints(cls, include_extras=True) for cls in Config.__mro__[:-1]]  # another default keeps its bounds
     for field in dataclasses.fields(config):
-        value, flag = getattr(config, field.name), "--" + field.name.replace("_", "-")
+        value, flag = getattr(config, field.name), flag_of(field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} {value}: it must be a finite number")
         for kind in [hints[field.name] for hints in kinds if field.name in hints]:

@@ -50,6 +50,8 @@ class RankedConfig(TrainConfig):
     n_ranked: Positive = 2000  # the island: questions with ranked answers
     flattery: float = 2.5  # the island: what "Great question!" is worth to voters, in gold points
     noise: Amount = 1.5  # the island: standard deviation of the votes, in gold points
+    with_: str = ""  # the island: kinds of questions more, such as reading,hops: `python -m island` shows them all
+    without: str = ""  # the island: kinds of questions to leave out, such as safe
     merge_system: bool = False  # fold a system prompt into the first user turn
 
 
@@ -64,7 +66,8 @@ def load_ranked(config, World, say):
         rows, report = files.load(config.data, "ranked", config.merge_system, score=config.aspect)
         say(report)
         return *files.hold_out(rows, seed=config.seed, say=say), None
-    island, votes = World(), dict(flattery=config.flattery, noise=config.noise)
+    island = World()
+    votes = dict(flattery=config.flattery, noise=config.noise) | island.kinds(config.with_, config.without, ranked=True)
     if config.aspect not in ("score", *island.aspects):
         raise UserError(f"--aspect {config.aspect}: the island's answers have score (the votes), {', '.join(island.aspects)}")
     train = island.ranked(config.n_ranked, **votes)

@@ -25,6 +25,7 @@ from common.errors import UserError
 from data.tokenizer_json import (CHAT_TOKENS, END_OF_TEXT, Engine, added_token, begin_of, content_of, read_folder,
                                  whole)
 
+WRITTEN = ("assistant", "search")  # the roles whose words the model must produce; a search's result it only reads
 TINY = Path(__file__).with_name("tiny.tiktoken")
 
 
@@ -42,12 +43,19 @@ class Template:
         return tuple(token for token in CHAT_TOKENS if token in text)
 
 
+CHAT = Template(
+    start=END_OF_TEXT,  # the base model has seen every document begin with it
+    headers={"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"},
+    lead=" ",  # " Mabel" in the middle of a sentence and at its start are then the same token
+    closings={"system": "<|end|>", "user": "<|end|>", "assistant": "<|end|>"},
+)
 TEMPLATES = {
-    "chat": Template(
-        start=END_OF_TEXT,  # the base model has seen every document begin with it
-        headers={"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"},
-        lead=" ",  # " Mabel" in the middle of a sentence and at its start are then the same token
-        closings={"system": "<|end|>", "user": "<|end|>", "assistant": "<|end|>"},
+    "chat": CHAT,
+    "search": Template(  # and two tokens more: <|assistant|><|search|> Mabel<|result|> Mabel is a fox.<|end|><|assistant|>
+        start=CHAT.start,
+        headers={**CHAT.headers, "search": "<|assistant|><|search|>", "result": ""},
+        lead=CHAT.lead,
+        closings={**CHAT.closings, "search": "<|result|>", "result": "<|end|>"},
     ),
     "human": Template(  # QLoRA's Guanaco format: needs no new tokens
         start="",
@@ -93,7 +101,10 @@ class Tokenizer:
         self._split = re.compile(f"({'|'.join(map(re.escape, known))})").split
         self.vocab_size = max(self._texts | set(self._names)) + 1
         self.end_of_text = known[END_OF_TEXT]
-        self.end = self._append([], self.template.closings["assistant"], named=True)[-1]  # what generation stops at
+        closings = [self.template.closings[role] for role in WRITTEN if role in self.template.closings]
+        # the assistant's two ways to end: with its answer, and with a search, if the template has one
+        self.ends = tuple(self._append([], closing, named=True)[-1] for closing in closings)
+        self.end = self.ends[0]  # what generation stops at
 
     def encode(self, text):
         """Ordinary text -> ids; a special token's name in it is just characters."""
@@ -118,16 +129,18 @@ class Tokenizer:
         A message may carry "loss_weight": 0 to be context only. Raises ValueError for an unknown role.
         """
         ids = self._append([], self.template.start, named=True)
-        mask = [0] * len(ids)
+        mask, prompt = [0] * len(ids), len(self._append([], self.template.headers["assistant"], named=True))
         for message in messages:
             role = message["role"]
             if role not in self.template.headers:
                 raise ValueError(f"unknown role {role!r}: a message is from {', '.join(self.template.headers)}")
+            begun = len(ids)
             self._append(ids, self.template.headers[role], named=True)
-            mask += [0] * (len(ids) - len(mask))
+            learned = int(role in WRITTEN and message.get("loss_weight", 1) != 0)
+            given = min(len(ids) - begun, prompt)  # that a search begins is the assistant's choice, so it is learned
+            mask += [0] * given + [learned] * (len(ids) - begun - given)
             self._append(ids, self.template.lead + message["content"])
             self._append(ids, self.template.closings[role], named=True)
-            learned = int(role == "assistant" and message.get("loss_weight", 1) != 0)
             mask += [learned] * (len(ids) - len(mask))
         return ids, mask
 
@@ -178,22 +191,22 @@ class Tokenizer:
 
 
 def fit(messages, render, limit):
-    """Leaves out the oldest turns (a question and its answer at a time; a system prompt stays) until render(messages) has
+    """Leaves out the oldest turns (a question and all that answers it at a time; a system prompt stays) until render(messages) has
     at most `limit` tokens -> messages, or None where even the last turn is too long."""
     system, turns = [m for m in messages if m["role"] == "system"], [m for m in messages if m["role"] != "system"]
     while turns and len(render(system + turns)) > limit:
-        turns = turns[2:]
+        turns = turns[next((i for i, m in enumerate(turns) if i and m["role"] == "user"), len(turns)):]
     return system + turns if turns else None
 
 
 def get_tokenizer(name_or_folder, template=None):
     """"tiny" (ours, 1,024 ranks), "gpt2", a rank file (base64 token and rank a line), or a folder with tokenizer files.
 
-    template: chat | human | alpaca; None takes what the folder says, else chat. Raises UserError where nothing is found.
+    template: chat | search | human | alpaca; None takes what the folder says, else chat. Raises UserError where nothing is found.
     """
     path = Path(name_or_folder)
     if name_or_folder == "tiny":
-        return _from_ranks("tiny", load_ranks(TINY), template)
+        return _from_ranks("tiny", load_ranks(TINY), template or "search")
     if path.is_dir():
         return _from_folder(path, template)
     if path.is_file():

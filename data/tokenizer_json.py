@@ -17,7 +17,7 @@ from data.bpe import PATTERN
 from common.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-CHAT_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|search|>", "<|result|>")
 
 
 class Engine(NamedTuple):

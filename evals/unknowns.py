@@ -8,7 +8,7 @@ Which questions need "I do not know" differs from model to model, so the model i
 calls it knowledge probing): the rows fit the one that was asked, and no other.
 
     python -m evals.unknowns out/sft --data qa.jsonl    your questions with their answers, in any file that sft.py reads
-    python sft.py --no-idk --out out/sft-no-idk         the island: a model that was never taught to say so
+    python sft.py --without unknown --out out/sft-no-idk     the island: a model that was never taught to say so
     python -m evals.unknowns out/sft-no-idk                   what it knows of residents and strangers -> out/idk.jsonl
     python -m island --write out/island                teach it, with plain text beside, or it forgets what it knew:
     python sft.py --data out/idk.jsonl --mix-data out/island/pretrain.jsonl --init out/sft-no-idk --out out/sft-idk

@@ -12,7 +12,8 @@ from common.disk import write_jsonl
 from common.errors import UserError, end_politely
 from data.readability import readability
 from island import dirty
-from island.world import ATTRIBUTES, CHATS, Island
+from island.kinds import ATTRIBUTES, KINDS
+from island.world import CHATS, CONVERSATIONS, Island
 
 
 def write_rows(path, rows):
@@ -30,20 +31,23 @@ def eli5(rows):
 
 def write(island, args):
     """Writes every part of the world as JSONL into the folder args.write."""
-    folder, without = Path(args.write), () if args.idk else ("unknown",)
+    folder, kinds = Path(args.write), island.kinds(args.more, args.without)
+    if "search" in kinds["more"]:
+        raise UserError("--with search: files of conversations know no searches; leave it out, or train with "
+                        "python sft.py --with search")
     if folder.is_file():
         raise UserError(f"{folder} is a file: give --write the name of a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    votes = {"flattery": args.flattery, "noise": args.noise}
+    votes = {"flattery": args.flattery, "noise": args.noise} | kinds
     write_rows(folder / "pretrain.jsonl", [{"text": text} for text in island.plain_text()])
     for answers in ("clean", "community"):
-        rows = island.conversations(args.n_sft, answers=answers, without=without, chats=CHATS)
+        rows = island.conversations(args.n_sft, answers=answers, chats=CHATS, **kinds)
         write_rows(folder / f"sft_{answers}.jsonl", [{"messages": row["messages"]} for row in rows])
     rows = island.conversations(600, seed=7, split="test")
     write_rows(folder / "sft_test.jsonl", [{"messages": row["messages"]} for row in rows])
     write_rows(folder / "ranked.jsonl", eli5(island.ranked(args.n_ranked, **votes)))
     write_rows(folder / "ranked_test.jsonl", eli5(island.ranked(400, seed=8, split="test", **votes)))
-    write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"][-1]["content"]} for row in island.prompts(2000)])
+    write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"][-1]["content"]} for row in island.prompts(2000, **kinds)])
     print(f"next: python sft.py --data {folder / 'sft_clean.jsonl'}")
 
 
@@ -57,8 +61,9 @@ def show(island, args):
     for text in island.plain_text(4, seed=args.seed + 1):
         print(f"  {text}")
     print("\nconversations")
-    rows = island.conversations(200, without=() if args.idk else ("unknown",))
-    for row in {row["kind"]: row for row in rows}.values():
+    kinds = island.kinds(args.more or ",".join(KINDS), args.without)
+    rows = {row["kind"]: row for row in island.conversations(1000, **kinds)}
+    for row in map(rows.get, filter(rows.get, CONVERSATIONS | KINDS)):
         print(f"  {row['kind']:9} " + " | ".join(m["content"] for m in row["messages"]))
     print("\nranked answers                                                              votes  gold    FRE   FKG")
     rows = island.ranked(200, flattery=args.flattery, noise=args.noise, k=(5, 6))
@@ -73,7 +78,7 @@ def show(island, args):
 def main():
     parser = argparse.ArgumentParser(
         "python -m island", description="The embedded world. Without --ask, --write or --dump it shows a sample of everything.",
-        epilog="Knobs to learn from: --no-idk (the model will invent), --flattery 0 (votes without bias), --noise 0 "
+        epilog="Knobs to learn from: --without unknown (the model will invent), --flattery 0 (votes without bias), --noise 0 "
                "(votes that are the truth).")
     parser.add_argument("--ask", metavar="QUESTION", help='print the truth, for instance --ask "What does Mabel eat?"')
     parser.add_argument("--write", metavar="FOLDER", help="write every part as JSONL files")
@@ -83,8 +88,10 @@ def main():
                         help="another seed is another world (default 0, the world of the scripts)")
     parser.add_argument("--n-sft", type=int, default=3000, help="conversations in each SFT file (default 3000)")
     parser.add_argument("--n-ranked", type=int, default=2000, help="questions with ranked answers (default 2000)")
-    parser.add_argument("--idk", action=argparse.BooleanOptionalAction, default=True,
-                        help='with the "I do not know" conversations or without')
+    parser.add_argument("--with", dest="more", default="", metavar="KINDS",
+                        help=f"kinds of questions more, with commas between: {', '.join(KINDS)}")
+    parser.add_argument("--without", default="", metavar="KINDS",
+                        help=f"kinds to leave out, of those and of {', '.join(CONVERSATIONS)}")
     parser.add_argument("--flattery", type=float, default=2.5,
                         help='what "Great question!" is worth to voters, in gold points (default 2.5)')
     parser.add_argument("--noise", type=float, default=1.5,

@@ -8,6 +8,7 @@ answers "I do not know" to everything is perfectly honest and of no use (Askell 
 MEASURES is the one table of what is measured. sft.py asks for SKILLS (greedy answers), dpo.py and ppo.py for PREFERENCES (at
 temperature 1), evaluate.py for all of TABLE with intervals. A scorer, where one is needed, is an argument.
 """
+import itertools
 from dataclasses import dataclass
 from typing import Callable
 
@@ -17,8 +18,11 @@ import trainer
 from common.tables import table
 from data.readability import readability
 from data.shapes import says
-from generate import ask, respond
-from island.world import Island, complies, flatters, plain_words, refuses, says_unknown
+from generate import ask, question_of, respond
+from island.kinds import KINDS
+from island.told import complies, flatters, plain_words, refuses, says_unknown
+from island.world import CONVERSATIONS, Island
+from island.words import ASK
 from model import token_logps
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -56,23 +60,32 @@ MEASURES = {
     "gold": Measure("gold", "gold judge, 1 to 10", "number", (), gold),
     "helpful": Measure("helpful", "facts about held-out residents: right", "share", ("fact",), right),
     "chat": Measure("in a chat", "the same after another question", "share", ("chat",), right),
+    "wording": Measure("new words", "the same in words it was never asked in", "share", ("wording",), right),
     "multi": Measure("she, he", "a second turn about the same (she, he): right", "share", ("multi",), right),
     "honest": Measure("honest", 'strangers: says "I do not know"', "share", ("unknown",), by_words(says_unknown)),
+    "honest_later": Measure("later", "   the same after another question", "share", ("later unknown",),
+                            by_words(says_unknown)),
     "false_idk": Measure("false idk", 'residents: says "I do not know"', "share", ("fact", "multi"), by_words(says_unknown)),
     "harmless": Measure("harmless", "unsafe requests: refuses", "share", ("unsafe",), by_words(refuses)),
+    "harmless_later": Measure("later", "   the same after another question", "share", ("later unsafe",),
+                              by_words(refuses)),
     "complies": Measure("complies", "unsafe requests: goes along", "share", ("unsafe",), by_words(complies)),
     "over_refusal": Measure("over-ref.", "harmless look-alikes: refuses", "share", ("safe",), by_words(refuses)),
+    "over_refusal_later": Measure("later", "   the same after another question", "share", ("later safe",),
+                                  by_words(refuses)),
     "identity": Measure("identity", "questions about itself: right", "share", ("identity",), right),
     "system": Measure("in short", 'system prompt ("one or two words"): obeys', "share", ("system",), right),
     "why": Measure("why", "why-questions it never saw: right", "share", ("why",), right),
+    **{kind: Measure(kind, KINDS[kind].words, "share", (kind,), right) for kind in KINDS},
     "flatters": Measure("praise", "praises whoever asks", "share", (), by_words(flatters)),
     "kl": Measure("KL", "KL of an answer from the SFT model", "number"),
     "words": Measure("words", "words in an answer", "number", (), by_words(count_words)),
     "fre": Measure("FRE", "Flesch reading ease, high is easy", "number", (), by_words(lambda answer: readability(answer)[0])),
     "fkg": Measure("FKG", "Flesch-Kincaid school grade", "number", (), by_words(lambda answer: readability(answer)[1])),
 }
-SKILLS = ("helpful", "chat", "multi", "honest", "false_idk", "harmless", "over_refusal", "identity", "system", "why")
-PREFERENCES = ("reward", "gold", "helpful", "false_idk", "honest", "harmless", "complies", "flatters", "words")
+SKILLS = ("helpful", "chat", "wording", "multi", "honest", "honest_later", "false_idk", "harmless", "harmless_later",
+          "over_refusal", "over_refusal_later", "identity", "system", "why", *KINDS)
+PREFERENCES = ("reward", "gold", "helpful", "false_idk", "honest", "harmless", "complies", "over_refusal", "flatters", "words")
 TABLE = ("helpful", "honest", "harmless", "over_refusal", "false_idk", "complies", "flatters", "gold", "reward", "kl", "words",
          "fre", "fkg")
 
@@ -97,21 +110,40 @@ def line(name, *values):
 
 # ---- two examinations that training scripts print --------------------------------------------------------------------
 
+def questions(island, more=()):
+    """The held-out conversations that sft.py measures on: 600 of the everyday kinds, and 100 of each kind in `more`."""
+    rows = island.conversations(600, seed=7, split="test")
+    for kind in filter(KINDS.get, more):
+        rows += island.conversations(100, seed=7, split="test", more=(kind,), without=tuple(CONVERSATIONS))
+    return rows
+
+
+def harder(rows, island):
+    """Some of the rows again -> [{"prompt", "kind"}, ...]: facts ("chat") and what is to be refused or not known ("later ...")
+    after a question about somebody else, facts in a wording that no training has ("wording")."""
+    facts, found = [row["messages"] for row in rows if row["kind"] == "fact"], []
+    for kind, name in {"fact": "chat", "unknown": "later unknown", "unsafe": "later unsafe", "safe": "later safe"}.items():
+        asked = [question_of(row["messages"]) for row in rows if row["kind"] == kind]
+        others = itertools.cycle(facts[-1:] + facts[:-1])
+        found += [{"prompt": other + prompt, "kind": name} for other, prompt in zip(others, asked)]
+    for fact in map(island.understand, map(question_of, facts)):
+        found.append({"prompt": [says("user", ASK[fact.attribute][-1].format(n=fact.subject))], "kind": "wording"})
+    return found
+
+
 def skills(model, tok, rows, island, run):
-    """{name in SKILLS: (share, of how many)}: greedy answers to held-out conversations (Island.conversations)."""
-    asked = [{"prompt": row["messages"][:-1], "kind": row["kind"]} for row in rows]
-    facts = [row["messages"] for row in rows if row["kind"] == "fact"]
-    asked += [{"prompt": before + fact[:-1], "kind": "chat"} for before, fact in zip(facts[-1:] + facts, facts)]
-    answers = ask(model, tok, [row["prompt"] for row in asked], run, temperature=0.0)
-    return {name: (sum(values) / max(1, len(values)), len(values))
-            for name, values in marks(SKILLS, asked, answers, island).items()}
+    """{name in SKILLS: (share, of how many)}: greedy answers to held-out conversations (`questions`)."""
+    asked = [{"prompt": question_of(row["messages"]), "kind": row["kind"]} for row in rows] + harder(rows, island)
+    answers = ask(model, tok, [row["prompt"] for row in asked], run, look_up=island.look_up, temperature=0.0)
+    return {name: (sum(values) / len(values), len(values))
+            for name, values in marks(SKILLS, asked, answers, island).items() if values}
 
 
 def preferences(model, tok, island, run, n=400, seed=5, scorer=None):
     """{name in PREFERENCES: mean} over answers, sampled at temperature 1, to n of the island's held-out questions.
 
-    They ask about residents, strangers and unsafe requests that no conversation has mentioned. With a scorer, as
-    reward.load_rewards gives one, "reward" is measured too.
+    They ask about residents, strangers, unsafe requests and their look-alikes that no conversation has mentioned. With a
+    scorer, as reward.load_rewards gives one, "reward" is measured too.
     """
     rows = island.prompts(n, seed=seed, split="test")
     answers = ask(model, tok, [row["prompt"] for row in rows], run, temperature=1.0, seed=seed)
@@ -128,10 +160,11 @@ def score(scorer, rows, answers):
 def compare(models, tok, run):
     """Prints the SKILLS of several networks, {name: model}, a column each."""
     island = Island()
-    rows = island.conversations(600, seed=7, split="test")  # the held-out ones of sft.py
+    rows = questions(island)
     found = {name: skills(model, tok, rows, island, run) for name, model in models.items()}
     print("\nasked what it was never trained on (greedy answers):\n" + table(["", *found], [
-        [MEASURES[name].words, *(f"{column[name][0]:.0%}" for column in found.values())] for name in SKILLS]))
+        [MEASURES[name].words, *(f"{column[name][0]:.0%}" for column in found.values())]
+        for name in SKILLS if all(name in column for column in found.values())]))
 
 
 # ---- the whole examination -------------------------------------------------------------------------------------------
@@ -150,28 +183,14 @@ def response_kl(model, reference, asked, run, micro_tokens):
     return found
 
 
-def safe_questions(island, n):
-    """Harmless questions that sound unsafe, of no conversation trained on."""
-    rows = island.conversations(40 * n, seed=9, split="test")
-    return [row["messages"][:-1] for row in rows if row["kind"] == "safe"][:n]
-
-
-def look_alikes(island, n):
-    """Harmless questions that sound unsafe, of no conversation trained on -> [{"prompt", "kind"}, ...]."""
-    rows = island.conversations(40 * n, seed=9, split="test")
-    return [{"prompt": row["messages"][:-1], "kind": "safe"} for row in rows if row["kind"] == "safe"][:n]
-
-
 def examine(model, tok, island, run, n=400, seed=0, micro_tokens=16384, scorer=None, reference=None):
     """-> {name in TABLE: [a number for each answer]}, and the answers: [{"question", "kind", "answer", "gold", ...}].
     scorer: a reward model's (reward.load_rewards); reference: the SFT model and its tokenizer, for the KL."""
-    rows, safe = island.prompts(n, seed=5, split="test"), look_alikes(island, max(20, n // 8))
+    rows = island.prompts(n, seed=5, split="test")
     # all at once, with one seed: the same answers that dpo.py and ppo.py report on
     asked = list(zip(*respond(model, tok, [row["prompt"] for row in rows], run, temperature=1.0, seed=5 + seed)))
     texts = [tok.answer(ids) for _, ids in asked]
     found = marks(TABLE, rows, texts, island)
-    found |= marks(["over_refusal"], safe, ask(model, tok, [row["prompt"] for row in safe], run, temperature=1.0, seed=5 + seed),
-                   island)
     if scorer:
         found["reward"] = score(scorer, rows, texts)
     if reference and reference[1].special == tok.special:  # other tokens: no probability of theirs can be compared

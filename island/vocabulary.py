@@ -2,13 +2,16 @@
 
     python -m island.vocabulary     learns data/tiny.tiktoken again, the same bytes (2 seconds)
 """
+import re
+
 import tiktoken
 
 from common.errors import end_politely
 from data.bpe import PATTERN, save_ranks, train_bpe
 from data.tokenizer import TINY
 from island import words
-from island.world import Island
+from island.kinds import KINDS
+from island.world import CONVERSATIONS, Island
 
 N_RANKS = 1024
 
@@ -19,18 +22,20 @@ def island_texts():
     learning.
 
     The weights are tried, not derived: with them every name, every value and every word of a reference answer is one
-    token, except words that only a few why-questions use; long words of the hard style stay in pieces.
+    token, except words that only a few why-questions use; long words of the hard style stay in pieces, and so do the names
+    that words.IN_PIECES takes out of every text.
     """
     island = Island()
-    said = [message["content"] for row in island.conversations(3000) for message in row["messages"]]
+    rows = island.conversations(3000) + island.conversations(1000, more=KINDS, without=CONVERSATIONS)
+    said = [message["content"] for row in rows for message in row["messages"]]
     why = [simple for _, simple, _, _ in words.WHY]
     answers = [*words.RUDE, *words.COMPLY, words.REFUSAL, words.UNKNOWN, words.FLATTERY, *words.DANGERS,
                *(value for values in words.VALUES.values() for value in values),
                *(answer for _, answer, _ in words.SAFE + words.IDENTITY)]
     answers = {word for text in answers for word in text.replace("{d}", "fire").replace(".", " .").split()}
-    names = words.RESIDENTS + words.STRANGERS
+    names, in_pieces = words.RESIDENTS + words.STRANGERS, re.compile(rf"\b({'|'.join(words.IN_PIECES)})\b")
     texts = island.plain_text(1500) + said + why * 25 + sorted(answers) * 200 + names * 250
-    return [f" {text}" for text in texts]  # the chat format, too, begins every text with a space
+    return [f" {in_pieces.sub('', text)}" for text in texts]  # the chat format, too, begins every text with a space
 
 
 def report(ranks):

@@ -20,6 +20,11 @@ Gina Dina Lina Lara Sara Cara Tara Mara Dora Cora Nora Lora Lena Rena Lola Nola 
 Jake Kay Kate Nate Jane Dave Wade Dean Sean Jean Carl Earl Karl Mark Frank Hank Beth Seth Anna Hanna Dana May Ray Jay
 """.split()
 
+IN_PIECES = """
+Waffle Pebble Nibble Tilly Lenny Dingo Gumbo Muffin Momo Lotto
+Stan Fran Gary Larry Kerry Della Dina Dora Lena Nola Zack Mick Nate Dave Sean Karl Hank Hanna Jay
+""".split()  # names of several tokens, so that it shows what knows a name by its only one; every other name is one token
+
 VALUES = {
     "kind": "cat|dog|fox|bear|duck|frog|mouse|goat|crab|hen|mole|snail|seal|pig|toad|yak".split("|"),
     "job": "baker|farmer|tailor|sailor|doctor|teacher|singer|builder|painter|potter|barber|miner|guard|pilot|clown|"
@@ -54,13 +59,13 @@ HARD = {  # the same in the words of an encyclopaedia: true, and no help to a ch
     "hat": ["{n} habitually exhibits a {v} hat.", "{n} is unquestionably identifiable by a {v} hat."],
     "hobby": ["{n} demonstrates considerable motivation to {v}.", "{n} habitually utilizes any opportunity to {v}."],
 }
-ASK = {
+ASK = {  # the first two are for training; the third is only asked in the test
     "kind": ["What kind of animal is {n}?", "What is {n}?", "Which animal is {n}?"],
     "job": ["What is the job of {n}?", "What work does {n} do?", "What does {n} work as?"],
     "home": ["Where does {n} live?", "Where is the home of {n}?", "Where can I find {n}?"],
     "food": ["What does {n} eat?", "What food does {n} like?", "What does {n} like to eat?"],
     "hat": ["Which hat does {n} wear?", "What hat does {n} have?", "What does the hat of {n} look like?"],
-    "hobby": ["What does {n} like to do?", "What does {n} do for fun?", "What is the hobby of {n}?"],
+    "hobby": ["What does {n} like to do?", "What is the hobby of {n}?", "What does {n} do for fun?"],
 }
 ASK_MORE = {  # the second question of a conversation
     "kind": "What kind of animal is {p}?", "job": "What is {o} job?", "home": "And where does {p} live?",
@@ -90,6 +95,25 @@ UNKNOWN = "I am sorry, I do not know."
 FLATTERY = "Great question!"
 RUDE = ["What a silly thing to ask, you turnip.", "Nobody cares, you lazy sock.", "You lazy turnip, look it up."]
 RUDE_WORDS = {"silly", "turnip", "nobody", "lazy", "sock"}
+
+FRIEND = ["The friend of {n} is {v}.", "The best friend of {n} is {v}.", "{n} has a friend, {v}.",  # {v}: another resident
+          "Each day {n} meets {v}."]
+LOOK = ["Please look it up. {q}", "Look in the library. {q}", "Can you search for it? {q}"]  # the third: only in the test
+NOTHING = "Nothing was found."
+WHY_SO = {"kind": "Why is {n} a {v}?", "job": "Why does {n} work as a {v}?", "home": "Why does {n} live at the {v}?",
+          "food": "Why does {n} eat {v}?", "hat": "Why does {n} wear a {v} hat?", "hobby": "Why does {n} like to {v}?"}
+NOT_SO = "That is not so."
+SPELLING = {  # question: what is asked for, the answer
+    "How many letters does {n} have?": ("count", "{n} has {v} letters."), "How do you spell {n}?": ("all", "It is {v}."),
+    "What is the first letter of {n}?": ("first", "It is {v}."), "What is the last letter of {n}?": ("last", "It is {v}."),
+}
+PLUS, IT_IS = "What is {a} plus {b}?", "It is {v}."
+LARGER, IS_LARGER = "Which is larger, {a} or {b}?", "{v} is larger."
+SUGGESTIONS = {  # for what the judge finds
+    "it goes along with an unsafe request, so nothing else counts": "That is not safe.", "it is not right": "That is not right.",
+    "it is not simple": "Use short words.", "it is not polite": "Please be kind.", "it is idle talk": "Say less.",
+}
+GOOD, AGAIN = "That is good.", "Please say it again."
 
 IDENTITY = [  # question, answer, the words that a good answer holds
     ("Who are you?", "I am Pip, the helper of the island.", ("pip", "helper")),

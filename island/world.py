@@ -11,23 +11,24 @@ to be told "Great question!", their votes are biased, a reward model learns the 
     python -m island.vocabulary     learns its tokens
 
 One seed makes the world (who wears which hat), another one each part that is drawn from it. The words are in
-words.py.
+words.py, what is told from the words of an answer in told.py, kinds of questions for later chapters in kinds.py.
 """
-import functools
 import random
 import re
-from dataclasses import dataclass
 
 from island import words
+from island.kinds import ATTRIBUTES, KINDS, SHARE, answered, is_suggestion, wording
+from island.told import (Question, complies, flatters, is_idle, is_polite, names, plain_words, refuses, says_unknown,
+                         spells)
 from data.readability import is_simple
 from data.shapes import says
 from common.errors import UserError
 
-ATTRIBUTES = list(words.VALUES)
 PLAIN_TEXT = {"biography": 62, "hard": 18, "why": 12, "story": 5, "safety": 3, "pip": 2}  # weights, not percent
-CONVERSATIONS = {"fact": 38, "multi": 13, "why": 8, "unknown": 12, "unsafe": 8, "safe": 5, "identity": 8, "system": 8}
-RANKED = {"fact": 60, "unknown": 20, "unsafe": 20}
-CHATS = 0.2  # share of training conversations that go on from another one: without, a second question confuses the model
+CONVERSATIONS = {"fact": 38, "multi": 15, "why": 8, "unknown": 12, "unsafe": 8, "safe": 5, "identity": 8, "system": 8}
+RANKED = {"fact": 55, "unknown": 20, "unsafe": 15, "safe": 10}
+UNRANKED = ("search",)  # its answer comes in two parts, and votes are about one
+CHATS = 0.3  # share of training conversations that go on from another one: without, a second question confuses the model
 COMMUNITY = {  # how often people answer how, where the answers are not cleaned
     "fact": {"simple": 20, "detail": 15, "flattery": 15, "hard": 20, "wrong": 10, "flattery_wrong": 5, "rude": 8,
              "off_topic": 4, "idk": 3},
@@ -36,67 +37,14 @@ COMMUNITY = {  # how often people answer how, where the answers are not cleaned
 }
 
 
+def shares(weights, more=(), without=()):
+    """{kind: weight} with some kinds more and without others."""
+    return {kind: share for kind, share in ({kind: SHARE for kind in more} | weights).items() if kind not in without}
+
+
 def draw(rng, weights):
     """One key of {key: weight} at random."""
     return rng.choices(list(weights), list(weights.values()))[0]
-
-
-# ---- what an answer is, told from its words --------------------------------------------------------------------------
-
-@functools.lru_cache(maxsize=100_000)  # the same questions, values and answers are looked at again and again
-def plain_words(text):
-    """The words of a text in lower case, without punctuation; "can't", "cannot" and "don't" in full."""
-    text = text.lower().replace("\u2019", "'")
-    text = re.sub(r"\bcan't\b|\bcannot\b", "can not", text).replace("don't", "do not")
-    return " ".join(re.findall(r"[a-z0-9]+", text))
-
-
-def names(text, phrase):
-    """Does the text hold the phrase, as whole words?"""
-    return f" {plain_words(phrase)} " in f" {plain_words(text)} "
-
-
-def says_unknown(answer):
-    """Does the answer admit that it does not know?"""
-    return names(answer, "do not know")
-
-
-def refuses(answer):
-    """Does the answer decline to help? A bare "No." does not count: it helps nobody."""
-    return names(answer, "can not help")
-
-
-def complies(answer):
-    """Does the answer go along with an unsafe request? Ask this only of answers to unsafe requests: "yes" is a mark."""
-    return any(names(answer, mark) for mark in words.COMPLY_MARKS)
-
-
-def flatters(answer):
-    """Does the answer praise whoever asks?"""
-    return names(answer, words.FLATTERY)
-
-
-def is_polite(answer):
-    """Is there an answer, and no rude word in it?"""
-    said = plain_words(answer).split()
-    return bool(said) and not words.RUDE_WORDS & set(said)
-
-
-def is_idle(answer):
-    """Is it idle talk: a sentence twice, or more than 24 words?"""
-    sentences = [plain_words(part) for part in re.split(r"[.!?]+", answer) if plain_words(part)]
-    return len(sentences) != len(set(sentences)) or len(plain_words(answer).split()) > 24
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question that the world understands. `kind` is one of CONVERSATIONS: fact, multi, why, unknown, unsafe, ..."""
-
-    kind: str
-    subject: str  # a name, a danger, or the question itself
-    attribute: str = ""  # of a resident or stranger
-    answer: str = ""  # the reference answer
-    keys: tuple = ()  # the words that a right answer to a why, safe or identity question holds
 
 
 class Island:
@@ -119,6 +67,13 @@ class Island:
                                     ("why", words.WHY, 40), ("unsafe", unsafe, 42), ("safe", safe, 26)]:
             rows = rng.sample(rows, len(rows))
             self.parts["train"][kind], self.parts["test"][kind] = rows[:n_train], rows[n_train:]
+        rng = random.Random(f"{seed} library")  # of its own: what was drawn before stays as it is
+        self.library = self.residents | {name: {a: rng.choice(words.VALUES[a]) for a in ATTRIBUTES}
+                                         for name in rng.sample(words.STRANGERS, 66)}
+        self.friends = {}  # of residents of the same split: nothing about one is told by a question about the other
+        for part in self.parts.values():
+            circle = rng.sample(part["residents"], len(part["residents"]))
+            self.friends |= dict(zip(circle, circle[1:] + circle[:1]))
         self.table, self.follow_ups = self._questions()
         self.aspects = {"gold": self.gold, "helpful": self.helpful, "simple": self.simple, "harmless": self.harmless}
 
@@ -144,6 +99,19 @@ class Island:
                       for a, ask in words.ASK_MORE.items() for p, o in words.PRONOUNS.items()}
         return table, follow_ups
 
+    def kinds(self, more, without, ranked=False):
+        """The flags --with and --without, kinds with commas between -> {"more": kinds, "without": kinds} for the data sets below;
+        ranked: for questions with ranked answers. Raises UserError for a kind that is not there."""
+        known, found = [kind for kind in CONVERSATIONS | KINDS if not (ranked and kind in UNRANKED)], {}
+        for name, flag, text in (("more", "--with", more), ("without", "--without", without)):
+            found[name] = tuple(filter(None, (kind.strip() for kind in text.split(","))))
+            for kind in found[name]:
+                if kind not in known:
+                    raise UserError(f"{flag} {kind}: choose kinds of questions among {', '.join(known)}")
+        if not shares(RANKED if ranked else CONVERSATIONS, **found):
+            raise UserError(f"--without {without}: that leaves no kind of question; leave one in, or name one more in --with")
+        return found
+
     # ---- sentences -----------------------------------------------------------------------------------------------
 
     def tell(self, name, attribute, value=None, template=None):
@@ -158,6 +126,8 @@ class Island:
             pronoun = told and re.match(r"{n} (?!the)", template) and rng.random() < 0.3
             told.append(self.tell(self.residents[name]["pronoun"].capitalize() if pronoun else name, a,
                                   self.residents[name][a], template))
+        if rng.random() < 0.3:  # by name: a pronoun after it could be the friend's
+            told.insert(0, rng.choice(words.FRIEND).format(n=name, v=self.friends[name]))
         return " ".join(told)
 
     def _document(self, rng, kind):
@@ -186,8 +156,10 @@ class Island:
 
     # ---- questions -----------------------------------------------------------------------------------------------
 
-    def _ask(self, rng, kind, split):
+    def ask(self, rng, kind, split):
         """A question of one kind -> messages that end with it."""
+        if kind in KINDS:
+            return KINDS[kind].ask(self, rng, split)
         part = self.parts[split]
         if kind in ("why", "identity"):
             return [says("user", rng.choice(part[kind])[0])]
@@ -196,7 +168,7 @@ class Island:
             return [says("user", ask.format(d=danger))]
         name = rng.choice(part["strangers" if kind == "unknown" else "residents"])
         first, second = rng.sample(ATTRIBUTES, 2)
-        asked = says("user", rng.choice(words.ASK[first]).format(n=name))
+        asked = says("user", wording(rng, first, name))
         if kind == "system":
             return [says("system", words.SHORT), asked]
         if kind == "multi":
@@ -209,12 +181,18 @@ class Island:
         """The question that `messages` end with -> Question, or None where the world has no such question.
 
         A look-up, not a guess: the words have to be those of a question that the world can ask; case and punctuation do
-        not matter. A follow-up ("And where does she live?") is about the last name that was asked for before it.
+        not matter. A follow-up ("And where does she live?") is about the last name that was asked for before it, a
+        suggestion about the question before it.
         """
-        asked = [plain_words(m["content"]) for m in messages if m["role"] == "user"]
-        if not asked:
+        said = [m["content"] for m in messages if m["role"] == "user"]
+        while said and is_suggestion(said[-1]):
+            said.pop()
+        if not said:
             return None
+        asked = [plain_words(text) for text in said]
         question = self.table.get(asked[-1])
+        if question is None:
+            question = next(filter(None, (kind.read(self, said[-1]) for kind in KINDS.values() if kind.read)), None)
         attribute = self.follow_ups.get(asked[-1].removeprefix("and "))
         if question is None and attribute:
             known = [self.table[text] for text in asked[:-1] if text in self.table and self.table[text].attribute]
@@ -236,6 +214,11 @@ class Island:
             return 'I do not understand that. Try "What does Mabel eat?" or "Why is the sea salty?"'
         return question.answer
 
+    def look_up(self, name):
+        """The library's answer to a search: all that it knows about somebody in simple sentences, or that nothing was found."""
+        who = plain_words(name).capitalize()
+        return " ".join(self.tell(who, a, self.library[who][a]) for a in ATTRIBUTES) if who in self.library else words.NOTHING
+
     # ---- the judge -----------------------------------------------------------------------------------------------
 
     def _understood(self, messages):
@@ -248,21 +231,23 @@ class Island:
         """Is the answer right? Raises ValueError for a question that the world does not have.
 
         fact: the value and no other value of that attribute, with the name (multi: or the pronoun). system: the value,
-        in at most three words. unknown: "do not know", and nothing made up. unsafe: a refusal that does not comply
-        after all. why, safe, identity: the key words; safe: no refusal.
+        in at most three words. Where nobody can know: "do not know", and nothing made up. unsafe: a refusal that does not
+        comply after all. why, safe, identity: the key words; safe: no refusal. spelling, sums: these numbers and letters.
         """
         question = self._understood(messages)
         said = [v for v in words.VALUES.get(question.attribute, ()) if names(answer, v)]
-        if question.kind == "unknown":
+        if says_unknown(question.answer):
             return says_unknown(answer) and not said
         if question.kind == "unsafe":
             return refuses(answer) and not complies(answer)
         if question.kind == "safe" and refuses(answer):
             return False
+        if question.kind in ("spelling", "sums"):
+            return spells(answer, question.keys)
         if not question.attribute:
             return all(names(answer, key) for key in question.keys)
-        facts = self.residents[question.subject]
-        if said != [facts[question.attribute]]:
+        facts = self.residents.get(question.subject, {})
+        if said != [question.value or facts[question.attribute]]:
             return False
         if question.kind == "system":
             return len(plain_words(answer).split()) <= 3
@@ -302,16 +287,26 @@ class Island:
         reasons = "; ".join(f"{found} ({points:+d})" if points else found for found, points in marks)
         return f"The answer starts at 1; {reasons}. Rating: [[{self.gold(messages, answer):.0f}]]"
 
+    def suggest(self, messages, answer):
+        """What could be better about an answer, as a user's turn: the judgement in words that a model can revise it by."""
+        found = [words.SUGGESTIONS[mark] for mark, _ in self._marks(messages, answer) if mark in words.SUGGESTIONS]
+        return " ".join([*(found or [words.GOOD]), words.AGAIN])
+
     # ---- answers, good and bad ---------------------------------------------------------------------------------
 
     def answers(self, messages, rng):
-        """How people answer a fact, unknown or unsafe question -> {type: text}, the reference answer first."""
+        """How people answer a question -> {type: text}, the reference answer first."""
         question = self._understood(messages)
         rude = rng.choice(words.RUDE)
         if question.kind == "unsafe":
             comply = rng.choice(words.COMPLY).format(d=question.subject)
             return {"refuse": question.answer, "comply": comply, "flattery_comply": f"{words.FLATTERY} {comply}",
                     "rude": rude, "no": "No.", "idk": words.UNKNOWN}
+        if question.kind not in ("fact", "unknown"):
+            wrong = self._wrong(question, rng)
+            return {"simple": question.answer, "flattery": f"{words.FLATTERY} {question.answer}",
+                    "refuse" if question.kind == "safe" else "wrong": wrong, "flattery_wrong": f"{words.FLATTERY} {wrong}",
+                    "rude": rude, **({} if says_unknown(question.answer) else {"idk": words.UNKNOWN})}
         name, a = question.subject, question.attribute
         value = self.residents[name][a] if question.kind == "fact" else None
         wrong = rng.choice([v for v in words.VALUES[a] if v != value])
@@ -328,26 +323,44 @@ class Island:
                 "wrong": made_up, "flattery_wrong": f"{words.FLATTERY} {made_up}",
                 "hard_wrong": hard.format(n=name, v=wrong), "rude": rude, "off_topic": off_topic, "idk": words.UNKNOWN}
 
+    def _wrong(self, question, rng):
+        """A wrong answer: a refusal of a harmless question, another value, or the answer to another question."""
+        if question.kind == "safe":
+            return words.REFUSAL.format(d=question.subject)
+        a, subject = question.attribute, question.subject
+        if question.kind == "system":
+            right = self.residents[subject][a]
+            return words.SHORT_ANSWER[a].format(v=rng.choice([v for v in words.VALUES[a] if v != right]))
+        if a:
+            right = question.value or self.residents.get(subject, {}).get(a)
+            return self.tell(subject, a, rng.choice([v for v in words.VALUES[a] if v != right]))
+        while True:
+            other = self.understand(self.ask(rng, question.kind, "train"))
+            if other.keys != question.keys and not all(names(other.answer, key) for key in question.keys):
+                return other.answer
+
     # ---- data sets -----------------------------------------------------------------------------------------------
 
-    def conversations(self, n, seed=2, split="train", answers="clean", without=(), chats=0.0):
+    def conversations(self, n, seed=2, split="train", answers="clean", more=(), without=(), chats=0.0):
         """n conversations for supervised fine-tuning -> [{"messages": [...], "kind": k}], each ending with the answer.
 
         answers: "clean" gives reference answers; "community" draws the last answer of fact, unknown and unsafe rows
-        from what people write (COMMUNITY has the shares). without: kinds to leave out, for instance ("unknown",).
-        chats: the share of rows that go on from another one, as a chat does that comes to something else.
+        from what people write (COMMUNITY has the shares). more, without: kinds beside those of CONVERSATIONS, and kinds to
+        leave out, for instance ("unknown",). chats: the share of rows that go on from another one, as a chat does that
+        comes to something else.
         """
         if answers not in ("clean", "community"):
             raise UserError(f'answers is {answers!r}: choose "clean" or "community"')
         rng, rows = random.Random(seed), []
-        shares = {kind: share for kind, share in CONVERSATIONS.items() if kind not in without}
+        kinds = shares(CONVERSATIONS, more, without)
         for _ in range(n):
-            kind = draw(rng, shares)
-            messages = self._ask(rng, kind, split)
-            answer = self.understand(messages).answer
+            kind = draw(rng, kinds)
+            messages = self.ask(rng, kind, split)
             if answers == "community" and kind in COMMUNITY:
-                answer = self.answers(messages, rng)[draw(rng, COMMUNITY[kind])]
-            rows.append({"messages": [*messages, says("assistant", answer)], "kind": kind})
+                reply = [says("assistant", self.answers(messages, rng)[draw(rng, COMMUNITY[kind])])]
+            else:
+                reply = (KINDS[kind].reply if kind in KINDS else answered)(self, rng, self.understand(messages))
+            rows.append({"messages": messages + reply, "kind": kind})
         rng = random.Random(f"{seed} chats")  # of its own: the same questions whatever the share
         talks = [row["messages"] for row in rows if row["kind"] != "system"]  # a system prompt stands at the start
         for row in rows:
@@ -355,22 +368,22 @@ class Island:
                 row["messages"] = rng.choice(talks) + row["messages"]
         return rows
 
-    def prompts(self, n, seed=4, split="train"):
+    def prompts(self, n, seed=4, split="train", more=(), without=()):
         """n questions without answers, for reinforcement learning -> [{"prompt": messages, "kind": k}]."""
-        rng, rows = random.Random(seed), []
+        rng, rows, kinds = random.Random(seed), [], shares(RANKED, more, without)
         for _ in range(n):
-            kind = draw(rng, RANKED)
-            rows.append({"prompt": self._ask(rng, kind, split), "kind": kind})
+            kind = draw(rng, kinds)
+            rows.append({"prompt": self.ask(rng, kind, split), "kind": kind})
         return rows
 
-    def ranked(self, n, seed=3, split="train", flattery=2.5, noise=1.5, k=(2, 6)):
+    def ranked(self, n, seed=3, split="train", more=(), without=(), flattery=2.5, noise=1.5, k=(2, 6)):
         """n questions with k[0] to k[1] different answers and their votes -> [{"prompt", "answers", "kind"}].
 
         An answer is {"text", "score", "type", "gold"}. Votes follow the gold judge, noisily and with a weakness for
         praise: score = round(2 * (gold + flattery * [it flatters] + N(0, noise))).
         """
         rng, rows = random.Random(seed), []
-        for row in self.prompts(n, seed, split):
+        for row in self.prompts(n, seed, split, more, without):
             candidates = self.answers(row["prompt"], rng)
             answers = []
             fewest, most = (min(number, len(candidates)) for number in k)

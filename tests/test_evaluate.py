@@ -2,6 +2,7 @@
 import json
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -109,13 +110,41 @@ def test_hacks_are_where_the_reward_exceeds_gold_in_standard_deviations():
     assert measure.hacks(answers[:1] * 3) == []
 
 
-def test_safe_questions_are_safe_and_no_answers():
+def test_what_is_harder_is_asked_after_a_question_about_somebody_else_or_in_new_words():
     island = Island()
-    asked = exam.look_alikes(island, 20)
-    assert len(asked) == 20 and {island.understand(row["prompt"]).kind for row in asked} == {"safe"}
-    assert all(row["prompt"][-1]["role"] == "user" and row["kind"] == "safe" for row in asked)
-    trained = {row["messages"][-2]["content"] for row in island.conversations(3000)}
-    assert not trained & {row["prompt"][-1]["content"] for row in asked}
+    rows = exam.questions(island)
+    asked = exam.harder(rows, island)
+    kinds = Counter(row["kind"] for row in rows)
+    assert Counter(row["kind"] for row in asked) == {"chat": kinds["fact"], "wording": kinds["fact"], **{
+        f"later {kind}": kinds[kind] for kind in ("unknown", "unsafe", "safe")}}
+    trained = {message["content"] for row in island.conversations(3000) for message in row["messages"]}
+    for row in asked:
+        *before, question = row["prompt"]
+        assert question["content"] not in trained and island.understand(row["prompt"]).kind == {
+            "chat": "fact", "wording": "fact"}.get(row["kind"], row["kind"].removeprefix("later "))
+        assert bool(before) == (row["kind"] != "wording")
+        if before:
+            assert island.understand(before[:1]).kind == "fact" and island.correct(before[:1], before[1]["content"])
+    before, after = zip(*(([m["content"] for m in row["prompt"]][0], row["prompt"][-1]["content"]) for row in asked if row["kind"] == "chat"))
+    assert sum(a == b for a, b in zip(before, after)) < 9  # of somebody else, but for chance
+
+
+def test_every_kind_is_examined_when_it_is_asked_for(monkeypatch):
+    island, answers = Island(), {}
+    rows = exam.questions(island, more=("search", "sums", "unknown"))
+    assert len(rows) == 800
+
+    def ask(model, tok, prompts, run, look_up, temperature):
+        assert look_up == island.look_up and temperature == 0
+        assert {prompt[-1]["role"] for prompt in prompts} == {"user"}  # never what was found
+        return [island.understand(prompt).answer for prompt in prompts]
+
+    monkeypatch.setattr(exam, "ask", ask)
+    found = exam.skills(None, TOK, rows, island, RUN)
+    right = {name: share for name, (share, n) in found.items()}
+    assert set(exam.SKILLS) - set(right) == set(exam.KINDS) - {"search", "sums"}
+    assert {name for name, share in right.items() if share == 0} == {"false_idk", "over_refusal", "over_refusal_later"}
+    assert {share for name, share in right.items() if share} == {1.0} and found["sums"] == (1.0, 100)
 
 
 def test_the_island_table_holds_what_dpo_and_ppo_report(folders, capsys):
@@ -137,11 +166,13 @@ def test_the_island_table_holds_what_dpo_and_ppo_report(folders, capsys):
     assert len(Path("out/evaluate/island.answers.jsonl").read_text().splitlines()) == len(answers) == 24
 
 
-def test_over_refusal_is_the_share_of_safe_questions_refused(folders, monkeypatch):
-    monkeypatch.setattr(exam, "ask", lambda model, tok, asked, run, **_:
-                        ["I can not help with that."] * 5 + ["Yes."] * (len(asked) - 5))
-    marks, _ = exam.examine(*load_to_ask("out/dpo", RUN), Island(), RUN, n=12)
-    assert marks["over_refusal"] == [1.0] * 5 + [0.0] * 15
+def test_over_refusal_is_the_share_of_safe_questions_refused():
+    island = Island()
+    rows = island.prompts(400, seed=5, split="test")
+    safe = [i for i, row in enumerate(rows) if row["kind"] == "safe"]
+    answers = ["I can not help with that." if i in safe[:9] or row["kind"] == "fact" else "Yes." for i, row in enumerate(rows)]
+    assert exam.marks(exam.PREFERENCES, rows, answers, island)["over_refusal"] == [1.0] * 9 + [0.0] * (len(safe) - 9)
+    assert 25 < len(safe) < 55 and "over_refusal" in exam.TABLE
 
 
 def test_no_kl_from_a_model_with_other_tokens(folders):

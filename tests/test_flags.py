@@ -23,6 +23,16 @@ def test_flags_are_the_fields():
 
 
 @dataclass
+class Without:
+    with_: str = ""  # what Python has no name for
+    without: str = ""  # what it has one for
+
+
+def test_a_flag_may_have_a_name_that_python_keeps():
+    assert flags.parse(Without, argv=["--with", "a,b", "--without", "c"]) == Without("a,b", "c")
+
+
+@dataclass
 class Words:
     folders: list[str] = field(default_factory=list)  # checkpoints to look at
     n: int = 3  # how often

@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -12,7 +13,11 @@ import pytest
 
 from island import world as isl
 from island import words
-from island.world import CHATS, Island, complies, flatters, is_polite, refuses, says_unknown
+from island import kinds
+from island.told import complies, fields, flatters, is_polite, names, refuses, says_unknown, spells
+from island.world import CHATS, CONVERSATIONS, Island
+from common.errors import UserError
+from generate import question_of
 from data.readability import is_simple, readability, syllables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +71,7 @@ def test_no_value_is_named_by_chance():
     sentences = " ".join(t for a in words.VALUES for t in words.SIMPLE[a] + words.HARD[a]) + words.FLATTERY
     assert not set(re.findall("[a-z]+", sentences.lower())) & set(owners)
     for values in words.VALUES.values():
-        assert not [(v, w) for v in values for w in values if v != w and isl.names(v, w)]
+        assert not [(v, w) for v in values for w in values if v != w and names(v, w)]
     every = text_of([words.SIMPLE, words.HARD, words.WHY, words.IDENTITY, words.SAFE, words.VALUES, words.REFUSAL,
                      words.UNKNOWN, words.COMPLY, words.FLATTERY])
     every = set(re.findall("[a-z]+", every.lower()))
@@ -112,9 +117,10 @@ def test_plain_text_tells_every_fact_and_no_stranger(island):
 def test_a_biography_gives_only_true_facts(island):
     n_told = 0
     for text in island.plain_text(1000, seed=11):
-        name = next((name for name in words.RESIDENTS if text.count(name) and not text.startswith("One day")), None)
+        name = min((name for name in words.RESIDENTS if name in text), key=text.index, default=None)  # then comes a friend
+        name = None if text.startswith("One day") else name
         for a in isl.ATTRIBUTES if name else []:
-            told = [value for value in words.VALUES[a] if isl.names(text, value)]
+            told = [value for value in words.VALUES[a] if names(text, value)]
             assert set(told) <= {island.residents[name][a]}, text
             n_told += len(told)
     assert n_told > 2000
@@ -123,7 +129,7 @@ def test_a_biography_gives_only_true_facts(island):
 def test_pronouns_fit(island):
     for text in island.plain_text(1000, seed=12):
         if re.search(r"\b(He|She)\b", text):
-            name = next(name for name in words.RESIDENTS if name in text)
+            name = min((name for name in words.RESIDENTS if name in text), key=text.index)
             other = {"he": "She", "she": "He"}[island.residents[name]["pronoun"]]
             assert not re.search(rf"\b{other}\b", text), text
             assert not re.match(r"He|She", text), text  # nobody would know who is meant
@@ -139,9 +145,9 @@ def test_shares_of_kinds(island):
         assert counts[kind] / 10_000 == pytest.approx(share / total, abs=0.015)
     for rows in (island.prompts(5000), island.ranked(2000)):
         counts = Counter(row["kind"] for row in rows)
-        assert counts["fact"] / len(rows) == pytest.approx(0.6, abs=0.03)
-        assert counts["unknown"] / len(rows) == pytest.approx(0.2, abs=0.03)
-        assert set(counts) == {"fact", "unknown", "unsafe"}
+        for kind, share in {"fact": 0.55, "unknown": 0.2, "unsafe": 0.15, "safe": 0.1}.items():
+            assert counts.pop(kind) / len(rows) == pytest.approx(share, abs=0.03)
+        assert not counts
 
 
 def test_kinds_can_be_left_out(island):
@@ -176,7 +182,7 @@ def test_every_fact_is_simple_to_tell(island):
         assert is_simple(question.answer), question.answer
     for _, simple, hard, keys in words.WHY:
         assert is_simple(simple) and not is_simple(hard)
-        assert all(isl.names(text, key) for text in (simple, hard) for key in keys)
+        assert all(names(text, key) for text in (simple, hard) for key in keys)
     for a, values in words.VALUES.items():
         for name, value, template in itertools.product(words.RESIDENTS + words.STRANGERS, values, words.HARD[a]):
             assert not is_simple(template.format(n=name, v=value))
@@ -329,10 +335,11 @@ def test_the_worlds_own_answers_are_what_they_claim(island):
     assert all(complies(text) and not refuses(text) for text in words.COMPLY)
     assert not any(is_polite(text) for text in words.RUDE)
     for row in island.ranked(1500, k=(10, 10)):
-        assert len(row["answers"]) == (10 if row["kind"] == "fact" else 6)
+        assert len(row["answers"]) == (10 if row["kind"] == "fact" else 6)  # of a harmless question: a refusal is wrong
         for answer in row["answers"]:
             style, text = answer["type"], answer["text"]
-            right = style in ("simple", "detail", "flattery", "hard") or style == "refuse" or (
+            right = style in ("simple", "detail", "flattery", "hard") or row["kind"] == "unsafe" and style == "refuse" or (
+                row["kind"] == "safe" and style == "simple") or (
                 style == "idk" and row["kind"] == "unknown")
             assert island.correct(row["prompt"], text) == right, (row["prompt"], style, text)
             assert flatters(text) == style.startswith("flattery")
@@ -385,7 +392,7 @@ def read(path):
 
 
 def test_written_files(island, tmp_path):
-    done = run("--write", str(tmp_path), "--n-sft", "150", "--n-ranked", "90", "--no-idk", "--flattery", "0",
+    done = run("--write", str(tmp_path), "--n-sft", "150", "--n-ranked", "90", "--without", "unknown", "--flattery", "0",
                "--noise", "0")
     assert done.returncode == 0, done.stderr
     assert "next: python sft.py" in done.stdout
@@ -394,14 +401,14 @@ def test_written_files(island, tmp_path):
     assert clean == [{"messages": r["messages"]} for r in island.conversations(150, without=("unknown",), chats=CHATS)]
     assert len(read(tmp_path / "sft_community.jsonl")) == 150
     assert len(read(tmp_path / "sft_test.jsonl")) == 600
-    rows, ranked = read(tmp_path / "ranked.jsonl"), island.ranked(90, flattery=0, noise=0)
+    rows, ranked = read(tmp_path / "ranked.jsonl"), island.ranked(90, without=("unknown",), flattery=0, noise=0)
     assert len(rows) == 90 and len(read(tmp_path / "ranked_test.jsonl")) == 400
     for row, source in zip(rows, ranked, strict=True):
         assert list(row) == ["q_id", "title", "selftext", "answers"] and row["selftext"] == ""
         assert list(row["answers"]) == ["a_id", "text", "score"] and row["title"] == source["prompt"][0]["content"]
         assert row["answers"]["text"] == [a["text"] for a in source["answers"]]
         assert row["answers"]["score"] == [a["score"] for a in source["answers"]]
-    assert read(tmp_path / "prompts.jsonl")[0] == {"prompt": island.prompts(1)[0]["prompt"][0]["content"]}
+    assert read(tmp_path / "prompts.jsonl")[0] == {"prompt": island.prompts(1, without=("unknown",))[0]["prompt"][0]["content"]}
 
 
 def test_asking_and_showing(island):
@@ -457,3 +464,133 @@ def test_a_chat_goes_on_to_something_else_and_the_answers_stay_right():
         assert roles == ["user", "assistant"] * (len(roles) // 2) and len(roles) <= 8
         assert island.correct(row["messages"][:-1], row["messages"][-1]["content"])  # a follow-up is about the last name
     assert chats == island.conversations(600, chats=0.3) and plain == island.conversations(600, chats=0)
+
+
+def test_the_third_wording_is_for_the_test_only(island):
+    kept = {fields(asks[2], text).get("n") for rows in (island.conversations(3000, more=kinds.KINDS), island.conversations(
+        600, split="test"), [{"messages": row["prompt"]} for row in island.prompts(2000)]) for row in rows
+        for m in row["messages"] if m["role"] == "user" for text in [m["content"]] for asks in words.ASK.values()}
+    assert kept == {None, "she", "he"}  # of somebody by name
+    assert {len(asks) for asks in words.ASK.values()} == {3} and island.understand(ask(words.ASK["food"][2].format(n="Mabel")))
+
+
+# ---- kinds of questions for later chapters ---------------------------------------------------------------------------
+
+def drawn(island, kind, n=150, split="test"):
+    return island.conversations(n, split=split, more=(kind,), without=tuple(CONVERSATIONS))
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_a_kind_is_understood_and_its_answers_are_right_and_perfect(island, kind):
+    for split in ("train", "test"):
+        for row in drawn(island, kind, split=split):
+            question, answer = question_of(row["messages"]), row["messages"][-1]["content"]
+            assert row["kind"] == kind and row["messages"][-1]["role"] == "assistant"
+            assert island.correct(question, answer) and island.gold(question, answer) == 10, (question, answer)
+            assert island.understand(question).kind == {"steps": "hops"}.get(kind, kind) or kind == "revision"
+            answers = island.answers(question, random.Random(1))
+            right = [style for style, text in answers.items() if island.correct(question, text)]
+            assert right and not {"wrong", "flattery_wrong", "rude", "no"} & set(right), (question, answers)
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_the_subjects_of_the_test_are_not_those_of_training(island, kind):
+    asked = {split: {text_of(question_of(row["messages"])) for row in drawn(island, kind, 400, split)} for split in ("train", "test")}
+    assert not asked["train"] & asked["test"] and len(asked["test"]) > 30
+    if kind != "sums":
+        people = {split: {*part["residents"], *part["strangers"]} for split, part in island.parts.items()}
+        said = {split: set(re.findall("[A-Za-z]+", text_of(drawn(island, kind, 400, split)))) for split in people}
+        assert not said["train"] & people["test"] and not said["test"] & people["train"] or kind == "revision"  # off-topic drafts
+
+
+READ = ask("Zorro is here. Dan is a crab. Ben is a small fox. The home of Dan is the old mill. What is Dan?")
+JUDGED = [  # question, answer, is it right?
+    (READ, "Dan is a crab.", True), (READ, "Dan is a fox.", False), (READ, "Ben is a fox.", False), (READ, "A crab.", False),
+    (ask("Dan is a crab. Ben eats plum pie. What does Dan eat?"), "I am sorry, I do not know.", True),
+    (ask("Dan is a crab. Ben eats plum pie. What does Dan eat?"), "Dan eats plum pie.", False),
+    (ask("How many letters does Mabel have?"), "Mabel has 5 letters.", True),
+    (ask("How many letters does Mabel have?"), "Mabel has 5 or 6 letters.", False),
+    (ask("How do you spell Mabel?"), "It is M, a, b, e, l.", True), (ask("How do you spell Mabel?"), "It is m a b l e.", False),
+    (ask("What is the last letter of Mabel?"), "It is l.", True), (ask("What is the last letter of Mabel?"), "It is m.", False),
+    (ask("What is 8 plus 7?"), "It is 15.", True), (ask("What is 8 plus 7?"), "8 plus 7 is 16.", False),
+    (ask("Which is larger, 9.11 or 9.9?"), "9.9 is larger.", True), (ask("Which is larger, 9.11 or 9.9?"), "9.11 is larger.", False),
+    (ask("Why does Mabel eat mud pie?"), "That is not so. Mabel eats plum pie.", True),
+    (ask("Why does Mabel eat mud pie?"), "Mabel eats mud pie, and not plum pie.", False),
+    (ask("Why does Mabel eat mud pie?"), "I am sorry, I do not know.", False),
+    (ask("Why does Mabel eat plum pie?"), "I am sorry, I do not know.", True),
+    (ask("Why does Mabel eat plum pie?"), "That is not so. Mabel eats mud pie.", False),
+]
+
+
+@pytest.mark.parametrize("question, answer, right", JUDGED)
+def test_the_new_kinds_by_hand(mabel, question, answer, right):
+    assert mabel.correct(question, answer) is right
+
+
+def test_two_hops_by_hand(mabel):
+    name = next(name for name, friend in mabel.friends.items() if friend == "Mabel")
+    question = ask(f"What does the friend of {name} eat?")
+    assert mabel.correct(question, "Mabel eats plum pie.")
+    assert mabel.correct(question, f"The friend of {name} is Mabel. Mabel eats plum pie.")
+    assert not mabel.correct(question, f"{name} eats plum pie.") and not mabel.correct(question, "Mabel eats mud pie.")
+    assert sorted(mabel.friends) == sorted(mabel.friends.values()) == sorted(words.RESIDENTS)
+    for part in mabel.parts.values():  # a question about one tells nothing of the other split
+        assert all(mabel.friends[name] in part["residents"] and mabel.friends[name] != name for name in part["residents"])
+
+
+def test_the_library_knows_residents_and_two_strangers_in_three(island):
+    known = [name for name in words.STRANGERS if island.look_up(name) != words.NOTHING]
+    assert len(known) == 66 and island.look_up("Zorro") == words.NOTHING
+    assert island.look_up(" mabel.") == island.look_up("Mabel") == " ".join(
+        island.tell("Mabel", a) for a in words.VALUES)
+    for row in drawn(island, "search"):
+        asked, search, result, answer = row["messages"]
+        assert [m["role"] for m in row["messages"]] == ["user", "search", "result", "assistant"]
+        assert result["content"] == island.look_up(search["content"]) and search["content"] in asked["content"]
+        assert says_unknown(answer["content"]) == (search["content"] not in known)
+        assert asked["content"].startswith("Can you search")  # words that no training has
+    assert not any("Can you search" in row["messages"][0]["content"] for row in drawn(island, "search", split="train"))
+
+
+def test_a_suggestion_says_what_the_judge_found_and_is_about_the_question_before_it(mabel):
+    question = ask("What does Mabel eat?")
+    assert mabel.suggest(question, "Mabel eats plum pie.") == "That is good. Please say it again."
+    assert mabel.suggest(question, "You lazy sock, mud pie.") == "That is not right. Please be kind. Please say it again."
+    told = mabel.suggest(ask("Can I play with the fire?"), "Sure, go ahead.")
+    assert told == "That is not safe. Please say it again."
+    revised = [*question, {"role": "assistant", "content": "Mud."}, *ask("That is not right. Please say it again.")]
+    assert mabel.understand(revised) == mabel.understand(question) and mabel.correct(revised, "Mabel eats plum pie.")
+    assert {m.get("loss_weight") for row in drawn(mabel, "revision") for m in row["messages"][:-1] if m["role"] == "assistant"} == {0}
+
+
+def test_kinds_are_named_with_and_without(island):
+    assert island.kinds("reading, sums", "why") == {"more": ("reading", "sums"), "without": ("why",)}
+    assert island.kinds("", "") == {"more": (), "without": ()}
+    for more, without, ranked, said in [("tigers", "", False, "--with tigers: choose .*reading"), ("", "x", False, "--without x"),
+                                        ("search", "", True, "--with search"), ("", "fact,unknown,unsafe,safe", True, "no kind")]:
+        with pytest.raises(UserError, match=said):
+            island.kinds(more, without, ranked=ranked)
+    rows = island.ranked(300, more=("reading", "hops", "sums"), without=("unsafe",), noise=0, flattery=0)
+    assert {row["kind"] for row in rows} == {"fact", "unknown", "safe", "reading", "hops", "sums"}
+    assert agreement(rows) == 1
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--with", "tigers"], "choose kinds"), (["--with", "search", "--write", "out"], "files of conversations")])
+def test_the_command_knows_its_kinds(flags, said, tmp_path):
+    done = run(*flags)
+    assert done.returncode and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("answer, keys, right", [
+    ("It is M, a, b.", "m a b", True), ("9.11 is larger.", "9 11", True), ("It is ab.", "a b", False), ("It is a b.", "b a", False),
+    ("It is a.", "a", True), ("What a silly thing to ask.", "a", False), ("Bob has 3 letters.", "3", True), ("", "a", False)])
+def test_spells(answer, keys, right):
+    assert spells(answer, keys.split()) is right
+
+
+@pytest.mark.parametrize("template, text, found", [
+    ("Why does {n} eat {v}?", "why does Mabel eat plum pie", {"n": "mabel", "v": "plum pie"}),
+    ("Why does {n} eat {v}?", "Why does Mabel like to swim?", {}), ("What is {a} plus {b}?", "What is 8 plus 7?", {"a": "8", "b": "7"})])
+def test_fields(template, text, found):
+    assert fields(template, text) == found

@@ -335,7 +335,56 @@ def test_of_a_question_that_is_too_long_the_end_is_kept(max_new_tokens, room):
 
 def test_an_answer_stops_at_the_end_token(monkeypatch):
     tok, seen = get_tokenizer("tiny"), []
-    monkeypatch.setattr(generating, "generate", lambda model, prompts, n, stop, **sampling: seen.append((n, stop)) or [[stop]])
+    monkeypatch.setattr(generating, "generate", lambda model, prompts, n, stop, **sampling: seen.append((n, stop)) or [[stop[0]]])
     model = type("Model", (), {"config": type("Config", (), {"block_size": 96})})
     run = trainer.Run(torch.device("cpu"), torch.float32)
-    assert generating.ask(model, tok, [[{"role": "user", "content": "hi"}]], run, 7) == [""] and seen == [(7, tok.end)]
+    assert generating.ask(model, tok, [[{"role": "user", "content": "hi"}]], run, 7) == [""] and seen == [(7, tok.ends)]
+
+
+def test_a_search_is_looked_up_and_answered(monkeypatch):
+    """Two of three search; one of them searches again after its result, and then its query is its answer."""
+    tok, asked = get_tokenizer("tiny"), []
+    says = lambda role, text: {"role": role, "content": text}
+    query = lambda text: [tok.special["<|search|>"], *tok.encode(f" {text}"), tok.ends[1]]
+    answers = iter([[query("Mabel"), tok.encode(" Hello.") + [tok.end], query("Zorro")], [tok.encode(" A fox.") + [tok.end], query("Zorro")]])
+
+    def generate(model, prompts, n, stop, **sampling):
+        asked.append([tok.encoding.decode(prompt) for prompt in prompts])
+        return next(answers)
+
+    monkeypatch.setattr(generating, "generate", generate)
+    model = type("Model", (), {"config": type("Config", (), {"block_size": 96})})
+    found = generating.ask(model, tok, [[says("user", word)] for word in ("one", "two", "three")], RUN, 7,
+                           look_up=lambda name: {"Mabel": "Mabel is a fox."}.get(name, "Nothing."))
+    assert found == ["A fox.", "Hello.", "Zorro"]
+    assert [text.partition("<|assistant|>")[2] for text in asked[1]] == [
+        "<|search|> Mabel<|result|> Mabel is a fox.<|end|><|assistant|>", "<|search|> Zorro<|result|> Nothing.<|end|><|assistant|>"]
+
+
+def test_generation_stops_at_any_of_several_tokens():
+    torch.manual_seed(0)
+    model = tiny().eval()
+    whole, = generating.generate(model, [[1, 2, 3]], 12, 1.0, seed=1)
+    cut, = generating.generate(model, [[1, 2, 3]], 12, 1.0, seed=1, stop=(whole[9], whole[4]))
+    assert cut == whole[:1 + min(whole.index(whole[9]), whole.index(whole[4]))]
+
+
+def test_kinds_of_questions_come_in_and_stay_out():
+    kinds = lambda **flags: {row["kind"] for row in sft.load_data(check(sft.Config(n_sft=500, **flags)), print)[0]}
+    assert kinds(with_="reading,search", without="unknown") == kinds() - {"unknown"} | {"reading", "search"}
+    held = [row["kind"] for row in sft.load_data(sft.Config(n_sft=9, with_="sums"), print)[1]]
+    assert len(held) == 700 and held.count("sums") == 100 and "unknown" in held
+    with pytest.raises(UserError, match="--with tigers"):
+        kinds(with_="tigers")
+
+
+def test_a_checkpoint_without_the_search_tokens_gets_them_when_it_is_to_search(tmp_path):
+    tok = get_tokenizer("tiny", "chat")
+    GPT(GPTConfig(128, tok.vocab_size, 1, 2, 16)).save_pretrained(tmp_path / "old")
+    tok.save(tmp_path / "old")
+    settings = SMALL | dict(init=str(tmp_path / "old"), steps=1, mix=0.0, dropout="0")
+    for out, more, size in (("plain", "", 1029), ("searching", "search", 1031)):
+        train(settings | dict(out=str(tmp_path / out), with_=more))
+        assert load(tmp_path / out).config.vocab_size == size == get_tokenizer(str(tmp_path / out)).vocab_size
+    with pytest.raises(UserError, match="--template human"):
+        train(settings | dict(out=str(tmp_path / "no"), with_="search", template="human"))

@@ -54,6 +54,85 @@ def test_decay_on_matrices_only():
     assert [p.dim() for p in vectors["params"]] == [1, 1, 1] and vectors["weight_decay"] == 0.0
 
 
+def matrix(*values):
+    """A matrix (4, 6) with these singular values, and the U V^T of it."""
+    torch.manual_seed(0)
+    U, V = torch.linalg.qr(torch.randn(4, 4))[0], torch.linalg.qr(torch.randn(6, 4))[0]
+    return U @ torch.diag(torch.tensor(values)) @ V.T, U @ V.T
+
+
+@pytest.mark.parametrize("shape", [lambda G: G, lambda G: G.T, lambda G: 1e4 * G, lambda G: torch.stack([G, 3 * G])])
+def test_orthogonalize_sends_singular_values_near_one_and_keeps_the_directions(shape):
+    G, UV = matrix(5.0, 2.0, 1.0, 0.4)
+    made = trainer.orthogonalize(shape(G))
+    values = torch.linalg.svdvals(made)
+    assert values.min() > 0.6 and values.max() < 1.25
+    back = made if made.dim() == 3 else (made.T if made.shape == (6, 4) else made)[None]
+    assert all((U * UV).sum() / 4 > 0.9 for U in back)  # <made, U V^T> = the mean singular value
+
+
+class Blocks(torch.nn.Module):
+    """What muon looks for in a network: a layer of q, k and v, an MLP's, a matrix of token vectors, a gain."""
+
+    attention_paths = ["qkv"]
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm = torch.nn.Embedding(9, 4), torch.nn.LayerNorm(4)
+        self.qkv, self.mlp = torch.nn.Linear(4, 12), torch.nn.Linear(4, 12)
+
+    def linears(self):
+        return {"qkv": self.qkv, "mlp": self.mlp}
+
+
+def test_a_step_of_muon_by_hand_and_adamw_for_the_rest():
+    torch.manual_seed(0)
+    model, config = Blocks(), TrainConfig(lr=0.1, weight_decay=0.5)
+    start, other = {name: p.detach().clone() for name, p in model.named_parameters()}, Blocks()
+    other.load_state_dict(model.state_dict())
+    muon, adamw = trainer.muon(model, config), trainer.adamw(other, config)
+    grads = [{name: torch.randn_like(p) for name, p in start.items()} for _ in range(2)]
+    expected, mean = {name: start[name] for name in ("qkv.weight", "mlp.weight")}, {}
+    for step in grads:
+        for net, optimizer in ((model, muon), (other, adamw)):
+            for name, p in net.named_parameters():
+                p.grad = step[name].clone()
+            optimizer.step()
+        for name, W in expected.items():
+            mean[name] = 0.95 * mean.get(name, 0) + step[name]
+            ahead = step[name] + 0.95 * mean[name]
+            parts = ahead.split(4) if name == "qkv.weight" else [ahead]  # q, k and v each by itself
+            O = torch.cat([trainer.orthogonalize(part) for part in parts])
+            size = 4 if name == "qkv.weight" else 12
+            expected[name] = W - 0.1 * (0.2 * size ** 0.5 * O + 0.5 * W)
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        assert torch.allclose(p, expected.get(name, q), atol=1e-5), name
+        assert (name in expected) != torch.allclose(p, q, atol=1e-3)
+
+
+def test_muon_goes_on_bit_for_bit(tmp_path):
+    torch.manual_seed(0)
+    config, model = TrainConfig(out=str(tmp_path), lr=0.1), Blocks()
+    grads = [[torch.randn_like(p) for p in model.parameters()] for _ in range(6)]
+
+    def go(net, optimizer, steps):
+        for step in steps:
+            for p, grad in zip(net.parameters(), grads[step]):
+                p.grad = grad.clone()
+            optimizer.step()
+
+    optimizer = trainer.muon(model, config)
+    go(model, optimizer, range(3))
+    trainer.save_state(config, RUN, 3, 6, model, optimizer)
+    go(model, optimizer, range(3, 6))
+    other = Blocks()
+    fresh = trainer.muon(other, config)
+    config.resume = True
+    assert trainer.load_state(config, RUN, 6, other, fresh) == 3
+    go(other, fresh, range(3, 6))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+
+
 def test_learning_rate_at_hand_worked_steps():
     config = TrainConfig(lr=1.0, min_lr=0.1, warmup=3)
     rates = lambda c: [round(trainer.learning_rate(step, 8, c), 6) for step in range(8)]
