@@ -2,6 +2,8 @@
 
     L = -mean_t log p(x_{t+1} | x_1 ... x_t)
 
+The blocks' matrices are trained by Muon (trainer.py), all else by AdamW: on the island that takes half the steps.
+
     python pretrain.py                     the tiny base model on the island's plain text (out/base)
     python pretrain.py --data my.txt       the same on your own text
     python pretrain.py --data my.txt --init gpt2       goes on from the public weights

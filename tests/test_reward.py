@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
+import ppo
 import reward
 import trainer
 from island.world import Island
@@ -334,6 +335,16 @@ def test_island_aspects_rank_by_what_they_name():
     assert all(a["score"] == a["gold"] for row in ranked("gold") for a in row["answers"])
     with pytest.raises(UserError, match="--aspect nice: the island's answers have score"):
         ranked("nice")
+
+
+def test_kinds_of_questions_are_ranked_and_asked_as_the_flags_say():
+    config = dict(n_ranked=200, with_="hops,sums", without="unsafe", device="cpu")
+    train, held, _ = load_ranked(reward.Config(**config), Island, print)
+    questions, _, _ = ppo.load_prompts(ppo.Config(**config), get_tokenizer("tiny"), 128, print)
+    asked = {Island().understand(messages).kind for messages in questions}
+    assert {row["kind"] for row in train} == {row["kind"] for row in held} == asked == {"fact", "unknown", "safe", "hops", "sums"}
+    with pytest.raises(UserError, match="--with search: choose"):
+        load_ranked(reward.Config(with_="search"), Island, print)
 
 
 def test_a_users_file_is_read_and_held_out(tmp_path):
