@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.disk import replacing
+from common.disk import replacing, settle
 from common.errors import UserError
+from common.hub import STATE
 
 
 # ---- device, dtype, processes ----------------------------------------------------------------------------------------
@@ -199,9 +200,6 @@ def update(model, optimizer, config, run, step):
 
 # ---- files: atomic, resumable ----------------------------------------------------------------------------------------
 
-STATE = "state.pt"
-
-
 def save_state(config, run, step, steps, model, *optimizers, extra=None):
     """Everything --resume needs, in one file: it is either the old one or the new one, never half of each. extra: a dict of
     numbers that a script adapts while it trains.
@@ -249,6 +247,7 @@ def load_state(config, run, steps, model, *optimizers, extra=None):
 
 def is_finished(folder):
     """A stage is finished when its checkpoint is there and no state waits to be resumed."""
+    settle(folder)
     whole = any((Path(folder) / name).is_file() for name in ("config.json", "adapter_config.json"))
     return whole and not (Path(folder) / STATE).is_file()
 

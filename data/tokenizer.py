@@ -19,6 +19,7 @@ from pathlib import Path
 import tiktoken
 
 from data.bpe import PATTERN, load_ranks
+from common.disk import settle
 from common.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -186,6 +187,7 @@ def get_tokenizer(name_or_folder, template=None):
     path = Path(name_or_folder)
     if name_or_folder == "tiny":
         return _from_ranks("tiny", load_ranks(TINY), template)
+    settle(path)
     if path.is_dir():
         return _from_folder(path, template)
     if path.is_file():
