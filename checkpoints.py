@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import lora
 import trainer
@@ -178,7 +178,7 @@ def peft_parameters(model):
 
 
 def save_adapter(model, folder, base_name, extra=None):
-    """Writes adapter_model.safetensors and adapter_config.json, in the place of any model in the folder, as PEFT reads them.
+    """Writes adapter_model.safetensors and adapter_config.json as PEFT reads them, in place of any model in the folder.
 
     base_name: folder or public name of the base model, recorded for `load` and for PEFT. extra: tensors of a head
     that goes with the adapter (a reward head), stored beside it under their names (read_extra). Besides PEFT's settings
@@ -205,7 +205,7 @@ def save_adapter(model, folder, base_name, extra=None):
     tensors = peft_parameters(model) | (extra or {})
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with together(folder, (*hub.MODEL, hub.STATE)) as new:
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        hub.write_tensors(tensors, new / WEIGHTS)
         write_json(new / CONFIG, config, indent=2)
 
 

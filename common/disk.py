@@ -3,7 +3,7 @@
     with replacing("out/report.json") as temporary: ...      a file gets its name when its block has ended well
     with writing("out", ["sft_train", "sft_test"]) as out:   the same for several files of rows, which are streamed
         out["sft_train"].write({"messages": [...]})
-    with together("out/sft", [...]) as folder: ...           files that are one thing, such as a model's: all of them or none
+    with together("out/sft", [...]) as folder: ...           files that are one thing, a model's: all of them or none
     done = Ledger("out/answers.jsonl", {"question": str, "answer": str}, "an answer")    rows that were paid for, as they come
 """
 import contextlib
@@ -15,6 +15,7 @@ from pathlib import Path
 from common.errors import UserError
 
 CURE = "free some space or choose another --out"
+SAVING, SAVED, GONE = ".saving", ".saved", ".gone"  # of together: new files, new files that are whole, names that are to go
 
 
 @contextlib.contextmanager
@@ -23,6 +24,7 @@ def on_disk(path, cure=CURE, kept=lambda: ""):
     try:
         yield
     except OSError as error:
+        path = Path(*(part for part in Path(path).parts if part != SAVING))  # under its name to be
         raise UserError(f"{path} could not be written ({error.strerror or error}{kept()}): {cure}") from None
 
 
@@ -41,16 +43,13 @@ def replacing(path):
             temporary.unlink(missing_ok=True)
 
 
-SAVING, SAVED, GONE = ".saving", ".saved", ".gone"
-
-
 @contextlib.contextmanager
 def together(folder, old):
-    """Gives a temporary folder, whose files take the place of all those in `folder` whose names match a pattern in `old` when
-    the block ends well; others stay.
+    """Gives a temporary folder. When the block ends well, its files take the places of those in `folder` whose names
+    match a pattern in `old`; others stay.
 
-    Nothing has happened until the temporary folder is renamed, and from then on anybody can end it (settle): so a kill at any
-    moment leaves all the old files or all the new ones to those who call settle before they read.
+    Until the temporary folder is renamed nothing has happened, and from then on anybody can end it (settle): so a kill
+    at any moment leaves all the old files or all the new ones to those who call settle before they read.
     """
     folder, saving = Path(folder), Path(folder) / SAVING
     try:
@@ -68,8 +67,8 @@ def together(folder, old):
 
 
 def settle(folder):
-    """Ends what a kill may have left of `together`. Two processes may do it at once: a file that is not there any more is in
-    its place, and what is removed is never one of the new."""
+    """Ends what a kill may have left of `together`. Two processes may do it at once: a file that is not there any more
+    is in its place, and what is removed is never one of the new."""
     folder, saved = Path(folder), Path(folder) / SAVED
     if saved.is_dir():
         missing = contextlib.suppress(FileNotFoundError)

@@ -19,9 +19,9 @@ SHARD = "-?????-of-?????"
 MODEL = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json", "model.safetensors",
          f"model{SHARD}.safetensors", "model.safetensors.index.json", "pytorch_model.bin", f"pytorch_model{SHARD}.bin",
          "pytorch_model.bin.index.json")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "generation_config.json", "chat_template.jinja",
-             "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".inv_freq")  # no parameters: older versions of transformers wrote them too
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "generation_config.json", "vocab.json",
+             "chat_template.jinja", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".inv_freq")  # no parameters: old versions of transformers wrote them too
 
 
 def find(name_or_folder):
@@ -48,6 +48,14 @@ def find(name_or_folder):
                         f"config.json and model.safetensors from huggingface.co/openai-community/{name_or_folder} by hand")
 
 
+def write_tensors(tensors, path):
+    """{name: tensor} -> a file of safetensors. Called where a disk's refusal becomes a sentence (disk.on_disk)."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error))
+
+
 def read_settings(folder):
     """config.json -> a dict, whatever family it is of."""
     try:
@@ -60,7 +68,7 @@ def read_settings(folder):
 
 
 def open_weights(folder):
-    """The folder's safetensors -> a function from our parameter name to its tensor, read on demand, and the names in the files."""
+    """The folder's safetensors -> a function from a name to its tensor, read on demand; and the names in the files."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         files = {"model.safetensors"}
@@ -111,11 +119,11 @@ def read_weights(network, folder, linear=None):
             setattr(module, name, nn.Parameter(tensor))
         if linear is not None and path in network.linear_paths:
             network.replace(path, linear(module))
-    trunk = {part for theirs, _ in names.values() for part in theirs.split(".")[:2]}  # others are heads, of which we know our own
-    for name in sorted(there - taken):
-        if name.split(".")[0] in trunk and not name.endswith(BUFFERS) and read(name).any():  # zeros: the biases of a model without
-            raise UserError(f"{folder}: model.safetensors holds {name}, but a model of its config.json has no place for it: the two "
-                            "files are not of one model")
+    trunk = {part for theirs, _ in names.values() for part in theirs.split(".")[:2]}  # all else is of some head
+    for name in sorted(there - taken):  # zeros: the biases of a model without biases (write_folder)
+        if name.split(".")[0] in trunk and not name.endswith(BUFFERS) and read(name).any():
+            raise UserError(f"{folder}: model.safetensors holds {name}, but a model of its config.json has no place for "
+                            "it: the two files are not of one model")
     return network
 
 
@@ -131,4 +139,4 @@ def write_folder(network, folder, settings, extra=None):
     tensors = {name: tensor.contiguous() for name, tensor in (tensors | (extra or {})).items()}
     with together(folder, (*MODEL, STATE)) as new:
         write_json(new / "config.json", settings, indent=2)
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(tensors, new / "model.safetensors")

@@ -107,7 +107,7 @@ def test_state_round_trip_and_its_refusals(tmp_path):
     assert trainer.load_state(config, RUN, steps, other, fresh) == 4
     assert torch.equal(other.weight, model.weight)
     assert torch.equal(fresh.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
-    with pytest.raises(UserError, match="of 10 steps with seed 0"):
+    with pytest.raises(UserError, match="--steps 10 .now --steps 11"):
         trainer.load_state(config, RUN, 11, other, fresh)
     with pytest.raises(UserError, match="other weights"):
         trainer.load_state(config, RUN, 10, torch.nn.Linear(3, 2, bias=False), fresh)
