@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import lora
 import trainer
 from common import hub
-from common.disk import replacing, write_json
+from common.disk import settle, together, write_json
 from common.errors import UserError
 from common.flags import dropout_of
 from common.hub import PUBLIC
@@ -99,11 +99,12 @@ def save_checkpoint(config, run, step, steps, model, tok, optimizer):
 
 def save_model(config, model, tok, extra=None):
     """The folder alone: of the whole model, or of its adapter with the name of its base. extra: tensors of another head."""
-    if lora.is_adapted(model):
-        save_adapter(model, config.out, config.init, extra)
-    else:
-        model.save_pretrained(config.out, extra)
-    tok.save(config.out)
+    with together(config.out, hub.MODEL + hub.TOKENIZER) as folder:
+        if lora.is_adapted(model):
+            save_adapter(model, folder, config.init, extra)
+        else:
+            model.save_pretrained(folder, extra)
+        tok.save(folder)
 
 
 # ---- a reward model's head -------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ HEAD_NAMES = {"weight": "score.weight", "bias": "score.bias"}  # in the file, as
 def read_head(folder):
     """A reward model's folder, or adapter -> {"weight": (1, C), "bias": (1,)}. Raises UserError where there is no head."""
     try:
-        read = read_extra(folder).__getitem__ if is_adapter(folder) else hub.open_weights(hub.find(folder))
+        read = read_extra(folder).__getitem__ if is_adapter(folder) else hub.open_weights(hub.find(folder))[0]
         return {name: read(theirs) for name, theirs in HEAD_NAMES.items()}
     except (UserError, KeyError):
         raise UserError(f"{folder} has no reward head: train one with python reward.py --init {folder}")
@@ -177,13 +178,13 @@ def peft_parameters(model):
 
 
 def save_adapter(model, folder, base_name, extra=None):
-    """Writes adapter_model.safetensors and adapter_config.json, each replaced in one step, as PEFT reads them.
+    """Writes adapter_model.safetensors and adapter_config.json as PEFT reads them, in place of any model in the folder.
 
     base_name: folder or public name of the base model, recorded for `load` and for PEFT. extra: tensors of a head
     that goes with the adapter (a reward head), stored beside it under their names (read_extra). Besides PEFT's settings
     the config records whether the base was quantized in training: "nanoalign_nf4": {"block", "double"} or null.
     """
-    folder, adapted, paths = Path(folder), lora.adapted(model), peft_paths(model)
+    adapted, paths = lora.adapted(model), peft_paths(model)
     if not adapted:
         raise ValueError("the model has no adapters to save")
     layer, path = next(iter(adapted.values())), next(iter(adapted))
@@ -203,13 +204,14 @@ def save_adapter(model, folder, base_name, extra=None):
               "nanoalign_extra": sorted(extra or {})}
     tensors = peft_parameters(model) | (extra or {})
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(folder / CONFIG, config, indent=2)  # last: where it stands, the adapter is whole
+    with together(folder, (*hub.MODEL, hub.STATE)) as new:
+        hub.write_tensors(tensors, new / WEIGHTS)
+        write_json(new / CONFIG, config, indent=2)
 
 
 def is_adapter(folder):
     """Does the folder hold an adapter, ours or PEFT's?"""
+    settle(folder)
     return (Path(folder) / CONFIG).is_file()
 
 
@@ -219,6 +221,7 @@ def read_adapter_config(folder):
     Raises UserError for a damaged file and for settings that would make another model (DoRA, trained biases, ...).
     """
     path = Path(folder) / CONFIG
+    settle(folder)
     try:
         config = {"nanoalign_nf4": None, "nanoalign_extra": [], "lora_dropout": 0.0, "use_rslora": False,
                   "base_model_name_or_path": None} | json.loads(path.read_text())

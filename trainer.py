@@ -14,16 +14,20 @@ import random
 import signal
 import sys
 import time
+import zipfile
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.disk import replacing
+from common.disk import settle, together
 from common.errors import UserError
+from common.flags import TrainConfig
+from common.hub import STATE
+from common.runs import differences, flag, identity, refuse_overwriting
 
 
 # ---- device, dtype, processes ----------------------------------------------------------------------------------------
@@ -36,6 +40,8 @@ class Run:
     dtype: torch.dtype
     rank: int = 0
     world: int = 1
+    begun: dict = field(default_factory=dict)  # what load_state found this run to be
+    saved: int | None = None  # the step of its last checkpoint
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -60,7 +66,9 @@ class Run:
 
 
 def start(config):
-    """Chooses device and dtype, joins torchrun's processes where there are any -> Run."""
+    """Chooses device and dtype, joins torchrun's processes where there are any -> Run. What a script does first."""
+    if isinstance(config, TrainConfig):
+        refuse_overwriting(config)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = config.device
     if name == "auto":
@@ -241,65 +249,106 @@ def update(model, optimizer, config, run, step):
             p.grad.copy_(part.view_as(p))
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).item()
     if not math.isfinite(norm):
-        raise UserError(f"step {step}: the loss or its gradient is not finite, so training stopped before it could spoil the "
-                        f"weights; the last checkpoint in {config.out} is kept: --resume with a lower --lr, or look for broken rows")
+        _stop(step, "the loss or its gradient is not finite", config, run)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
 
 
+def _stop(step, why, config, run):
+    kept = "nothing was saved" if run.saved is None else f"the checkpoint of step {run.saved} in {config.out} is kept"
+    raise UserError(f"step {step}: {why}, so training stopped; {kept}: start anew with a lower --lr, or look for broken "
+                    "rows")
+
+
+TOO_LARGE = 100.0  # root mean square of trained weights: those of working networks are below 1
+
+
+def check_weights(parameters, step, config, run):
+    """The next update notices what a step has spoiled, but a checkpoint may come before it, and the last step has none:
+    so this looks at weights that will be saved. While they are finite and of a network's size, so is the loss."""
+    norm = torch.stack([torch.linalg.vector_norm(p) for p in parameters]).norm().item()
+    size = norm / math.sqrt(sum(p.numel() for p in parameters))
+    if not size < TOO_LARGE:  # NaN is no less
+        _stop(step, f"its update has made the trained weights as large as {size:.0e} (root mean square)", config, run)
+
+
 # ---- files: atomic, resumable ----------------------------------------------------------------------------------------
-
-STATE = "state.pt"
-
 
 def save_state(config, run, step, steps, model, *optimizers, extra=None):
     """Everything --resume needs, in one file: it is either the old one or the new one, never half of each. extra: a dict of
-    numbers that a script adapts while it trains.
+    numbers that a script adapts while it trains. Raises UserError where the weights are none that anybody would keep.
 
     The weights are in it as well as in model.safetensors, so that no kill between two files can pair the weights of one
     step with the optimizer of another. Adapters: only what is trained.
     """
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    check_weights(list(trained.values()), step - 1, config, run)
     if run.rank == 0:
-        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        state = {"step": step, "steps": steps, "seed": config.seed, "model": trained,
-                 "optimizers": [optimizer.state_dict() for optimizer in optimizers], "extra": extra or {}}
-        with replacing(Path(config.out) / STATE) as temporary:
-            torch.save(state, temporary)
+        state = {"step": step, "model": trained, "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                 "extra": extra or {}} | (run.begun or identity(config, steps))
+        with together(config.out, ()) as folder:
+            try:
+                torch.save(state, folder / STATE)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(str(error).splitlines()[0])
+    run.saved = step
 
 
 def load_state(config, run, steps, model, *optimizers, extra=None):
-    """With --resume: loads the state in --out, `extra` included -> the first step still to do. Without: 0."""
-    path = Path(config.out) / STATE
+    """With --resume: loads the state in --out, `extra` included -> the first step still to do. Without: 0.
+
+    Raises UserError where the run was begun with other flags or data, or the file is damaged, with what to do instead.
+    """
+    path, run.begun, run.saved = Path(config.out) / STATE, identity(config, steps), None
     if not config.resume:
         if path.is_file():
             run.print(f"{config.out} holds an unfinished run; starting anew (--resume would go on with it)")
         return 0
     if not path.is_file():
         raise UserError(f"--resume: {path} is not there, so {config.out} holds no unfinished run: start without --resume")
+    out = flag("out", config.out)
+    anew = f"start anew with {run.begun['command']} {out}"
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not read its checksums, and a "folder" is nothing to it
+            if archive.testzip() or any(record.external_attr for record in archive.infolist()):
+                raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location=run.device, weights_only=True)
-        if (state["steps"], state["seed"]) != (steps, config.seed):
-            raise UserError(f"--resume: the run in {config.out} was of {state['steps']} steps with seed {state['seed']}, this one "
-                            f"would be of {steps} steps with seed {config.seed}: give the same flags, or start without --resume")
-        parameters = dict(model.named_parameters())
-        if set(state["model"]) != {name for name, p in parameters.items() if p.requires_grad}:
-            raise UserError(f"--resume: {path} holds other weights than this model trains: give the flags of the first start")
-        with torch.no_grad():
-            for name, tensor in state["model"].items():
-                parameters[name].copy_(tensor)
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        if found := differences(state["settings"], run.begun["settings"]):
+            raise UserError(f"the unfinished run in {config.out} was begun with {', '.join(found)}: finish it with "
+                            f"{state['command']} {out} --resume, or {anew}")
+        if state["step"] not in range(steps + 1):
+            raise ValueError(f"step {state['step']} of {steps}")
+        restore(state, model, optimizers)
         if extra is not None:
             extra.update(state["extra"])
     except Exception as error:  # a cut or foreign file fails in many ways; the cure is one
-        raise UserError(f"--resume: {path} does not fit or is damaged ({str(error).splitlines()[0]}): start without --resume")
+        why = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{path} does not fit or is damaged ({why}): {anew}")
+    run.saved = state["step"]
     run.print(f"resumed {config.out} at step {state['step']} of {steps}")
     return state["step"]
 
 
+@torch.no_grad()
+def restore(state, model, optimizers):
+    """Puts a state's tensors into the model and its optimizers. Raises ValueError where a shape is another one: copy_ would
+    broadcast it, and optimizers do not look."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes(state["model"]) != shapes(trained):
+        raise ValueError("it holds other weights than this model trains")
+    for name, tensor in state["model"].items():
+        trained[name].copy_(tensor)
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+        if any(t.dim() and t.shape != p.shape for p, moments in optimizer.state.items() for t in moments.values()):
+            raise ValueError("its optimizer is of other weights")
+
+
 def is_finished(folder):
     """A stage is finished when its checkpoint is there and no state waits to be resumed."""
+    settle(folder)
     whole = any((Path(folder) / name).is_file() for name in ("config.json", "adapter_config.json"))
     return whole and not (Path(folder) / STATE).is_file()
 
@@ -308,10 +357,12 @@ def ensure(folder, stage, config, run, **settings):
     """Runs an earlier stage (a module with Config and main) whose checkpoint is missing, or goes on with an unfinished
     one, and says so. settings: fields of the stage's Config."""
     if not is_finished(folder):
-        flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in settings.items())
-        run.print(f"{folder} is not there yet, so this runs first: python {Path(stage.__file__).name}{flags} --out {folder}")
-        stage.main(stage.Config(out=folder, seed=config.seed, device=config.device, dtype=config.dtype,
-                                resume=(Path(folder) / STATE).is_file(), **settings))
+        begun = (Path(folder) / STATE).is_file()
+        flags = "".join(f" {flag(*setting)}" for setting in settings.items())
+        run.print(f"{folder} is not {'finished' if begun else 'there yet'}, so this runs first: "
+                  f"python {Path(stage.__file__).name}{flags} --out {folder}{' --resume' * begun}")
+        stage.main(stage.Config(out=folder, seed=config.seed, device=config.device, dtype=config.dtype, resume=begun,
+                                **settings))
         run.print()
 
 

@@ -3,16 +3,19 @@
     with replacing("out/report.json") as temporary: ...      a file gets its name when its block has ended well
     with writing("out", ["sft_train", "sft_test"]) as out:   the same for several files of rows, which are streamed
         out["sft_train"].write({"messages": [...]})
+    with together("out/sft", [...]) as folder: ...           files that are one thing, a model's: all of them or none
     done = Ledger("out/answers.jsonl", {"question": str, "answer": str}, "an answer")    rows that were paid for, as they come
 """
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 from common.errors import UserError
 
 CURE = "free some space or choose another --out"
+SAVING, SAVED, GONE = ".saving", ".saved", ".gone"  # of together: new files, new files that are whole, names that are to go
 
 
 @contextlib.contextmanager
@@ -21,6 +24,7 @@ def on_disk(path, cure=CURE, kept=lambda: ""):
     try:
         yield
     except OSError as error:
+        path = Path(*(part for part in Path(path).parts if part != SAVING))  # under its name to be
         raise UserError(f"{path} could not be written ({error.strerror or error}{kept()}): {cure}") from None
 
 
@@ -37,6 +41,47 @@ def replacing(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def together(folder, old):
+    """Gives a temporary folder. When the block ends well, its files take the places of those in `folder` whose names
+    match a pattern in `old`; others stay.
+
+    Until the temporary folder is renamed nothing has happened, and from then on anybody can end it (settle): so a kill
+    at any moment leaves all the old files or all the new ones to those who call settle before they read.
+    """
+    folder, saving = Path(folder), Path(folder) / SAVING
+    try:
+        with on_disk(folder):
+            settle(folder)
+            shutil.rmtree(saving, ignore_errors=True)  # of a run that was killed
+            saving.mkdir(parents=True)
+            yield saving
+            gone = {path.name for pattern in old for path in folder.glob(pattern)} - set(os.listdir(saving))
+            (saving / GONE).write_text("\n".join(sorted(gone)), encoding="utf-8")
+            os.replace(saving, folder / SAVED)
+        settle(folder)
+    finally:
+        shutil.rmtree(saving, ignore_errors=True)
+
+
+def settle(folder):
+    """Ends what a kill may have left of `together`. Two processes may do it at once: a file that is not there any more
+    is in its place, and what is removed is never one of the new."""
+    folder, saved = Path(folder), Path(folder) / SAVED
+    if saved.is_dir():
+        missing = contextlib.suppress(FileNotFoundError)
+        with on_disk(folder):
+            with missing:
+                for name in (saved / GONE).read_text(encoding="utf-8").splitlines():
+                    (folder / name).unlink(missing_ok=True)
+            for name in sorted(set(os.listdir(saved)) - {GONE}, reverse=True):  # weights before config.json
+                with missing:
+                    os.replace(saved / name, folder / name)
+            (saved / GONE).unlink(missing_ok=True)  # last: until here all of this can be done again
+            with missing:
+                saved.rmdir()
 
 
 def write_json(path, content, **options):

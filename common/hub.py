@@ -8,15 +8,26 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.disk import replacing, write_json
+from common.disk import settle, together, write_json
 from common.errors import UserError
 
 PUBLIC = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+# The files that make a folder one model, by whoever wrote it. Where one is saved, those of the model that was there go.
+STATE = "state.pt"  # what a run of that model needs to go on (trainer.save_state)
+SHARD = "-?????-of-?????"
+MODEL = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json", "model.safetensors",
+         f"model{SHARD}.safetensors", "model.safetensors.index.json", "pytorch_model.bin", f"pytorch_model{SHARD}.bin",
+         "pytorch_model.bin.index.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "generation_config.json", "vocab.json",
+             "chat_template.jinja", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".inv_freq")  # no parameters: old versions of transformers wrote them too
 
 
 def find(name_or_folder):
     """A checkpoint folder, or one of GPT-2's public names through huggingface_hub -> Path of a folder."""
     folder = Path(name_or_folder)
+    settle(folder)
     if (folder / "config.json").is_file():
         return folder
     if folder.is_dir():
@@ -37,6 +48,14 @@ def find(name_or_folder):
                         f"config.json and model.safetensors from huggingface.co/openai-community/{name_or_folder} by hand")
 
 
+def write_tensors(tensors, path):
+    """{name: tensor} -> a file of safetensors. Called where a disk's refusal becomes a sentence (disk.on_disk)."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error))
+
+
 def read_settings(folder):
     """config.json -> a dict, whatever family it is of."""
     try:
@@ -49,12 +68,12 @@ def read_settings(folder):
 
 
 def open_weights(folder):
-    """The folder's safetensors -> a function from our parameter name to its tensor, read on demand."""
+    """The folder's safetensors -> a function from a name to its tensor, read on demand; and the names in the files."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():  # large models come in several files
-        files = set(json.loads(index.read_text())["weight_map"].values())
-    elif (folder / "model.safetensors").is_file():
+    if (folder / "model.safetensors").is_file():
         files = {"model.safetensors"}
+    elif index.is_file():  # large models come in several files
+        files = set(json.loads(index.read_text())["weight_map"].values())
     elif (folder / "pytorch_model.bin").is_file():
         raise UserError(f"{folder} has only pytorch_model.bin, a pickle that could run any code: convert it with transformers: "
                         "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)")
@@ -77,7 +96,7 @@ def open_weights(folder):
         with safe_open(folder / file, framework="pt") as opened:
             return opened.get_tensor(key)
 
-    return read
+    return read, set(where)
 
 
 def read_weights(network, folder, linear=None):
@@ -85,11 +104,13 @@ def read_weights(network, folder, linear=None):
 
     linear: called with each linear layer of the blocks as soon as it is filled; what it returns takes the layer's place.
     """
-    read, names = open_weights(folder), network.hf_names()
+    (read, there), names = open_weights(folder), network.hf_names()
+    taken = set()  # names in the files
     for path in [path for path, _ in network.named_modules()]:  # paths only: a list of modules would keep replaced ones alive
         module = network.get_submodule(path)
         for name, parameter in list(module.named_parameters(recurse=False)):
             theirs, transposed = names[f"{path}.{name}"]
+            taken |= {theirs, theirs.partition(".")[2]}
             tensor = read(theirs).float()
             tensor = tensor.t().contiguous() if transposed else tensor.clone()
             if tensor.shape != parameter.shape:
@@ -98,6 +119,11 @@ def read_weights(network, folder, linear=None):
             setattr(module, name, nn.Parameter(tensor))
         if linear is not None and path in network.linear_paths:
             network.replace(path, linear(module))
+    trunk = {part for theirs, _ in names.values() for part in theirs.split(".")[:2]}  # all else is of some head
+    for name in sorted(there - taken):  # zeros: the biases of a model without biases (write_folder)
+        if name.split(".")[0] in trunk and not name.endswith(BUFFERS) and read(name).any():
+            raise UserError(f"{folder}: model.safetensors holds {name}, but a model of its config.json has no place for "
+                            "it: the two files are not of one model")
     return network
 
 
@@ -111,6 +137,6 @@ def write_folder(network, folder, settings, extra=None):
             tensor = parameter.detach().cpu().float()
             tensors[theirs] = tensor.t() if transposed else tensor
     tensors = {name: tensor.contiguous() for name, tensor in (tensors | (extra or {})).items()}
-    write_json(Path(folder) / "config.json", settings, indent=2)
-    with replacing(Path(folder) / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    with together(folder, (*MODEL, STATE)) as new:
+        write_json(new / "config.json", settings, indent=2)
+        write_tensors(tensors, new / "model.safetensors")

@@ -21,6 +21,7 @@ from pathlib import Path
 import tiktoken
 
 from data.bpe import PATTERN, load_ranks
+from common.disk import settle
 from common.errors import UserError
 from data.tokenizer_json import (CHAT_TOKENS, END_OF_TEXT, Engine, added_token, begin_of, content_of, read_folder,
                                  whole)
@@ -207,6 +208,7 @@ def get_tokenizer(name_or_folder, template=None):
     path = Path(name_or_folder)
     if name_or_folder == "tiny":
         return _from_ranks("tiny", load_ranks(TINY), template or "search")
+    settle(path)
     if path.is_dir():
         return _from_folder(path, template)
     if path.is_file():

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 import lora
 from checkpoints import base_of, load
 from common import plots
+from common.disk import together
 from common.errors import UserError
+from common.hub import MODEL, STATE, TOKENIZER
 from data import files
 from data.tokenizer import get_tokenizer
 from island import exam
@@ -112,6 +114,8 @@ def merge(config):
         if tok.ranks == get_tokenizer("tiny").ranks:  # the island's vocabulary
             exam.compare({"unmerged": trained} | merges, tok, Run(torch.device("cpu"), torch.float32))
     if config.out:
-        load(config.adapter, base=base, how=config.merge).save_pretrained(config.out)
-        tok.save(config.out)
+        merged = load(config.adapter, base=base, how=config.merge)
+        with together(config.out, (*MODEL, *TOKENIZER, STATE)) as folder:
+            merged.save_pretrained(folder)
+            tok.save(folder)
         print(f"the {config.merge} merge of {config.adapter} and {base} is in {config.out} (transformers loads it too)")

@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import checkpoints
 import lora
 from checkpoints import load
+from common import hub
 from common.errors import UserError
 from common.flags import parse
 from lora import LoRALinear, TrainedTokens, add_lora, lora_off, merge_lora
@@ -407,9 +409,9 @@ def test_a_write_that_fails_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(hub, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
         checkpoints.save_adapter(stir(model, 2), tmp_path, "b")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -338,9 +338,9 @@ def test_island_aspects_rank_by_what_they_name():
 
 
 def test_kinds_of_questions_are_ranked_and_asked_as_the_flags_say():
-    config = dict(n_ranked=200, with_="hops,sums", without="unsafe", device="cpu")
-    train, held, _ = load_ranked(reward.Config(**config), Island, print)
-    questions, _, _ = ppo.load_prompts(ppo.Config(**config), get_tokenizer("tiny"), 128, print)
+    config = dict(with_="hops,sums", without="unsafe", device="cpu")
+    train, held, _ = load_ranked(reward.Config(n_ranked=200, **config), Island, print)
+    questions, _, _ = ppo.load_prompts(ppo.Config(n_prompts=200, **config), get_tokenizer("tiny"), 128, print)
     asked = {Island().understand(messages).kind for messages in questions}
     assert {row["kind"] for row in train} == {row["kind"] for row in held} == asked == {"fact", "unknown", "safe", "hops", "sums"}
     with pytest.raises(UserError, match="--with search: choose"):

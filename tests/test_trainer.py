@@ -178,24 +178,25 @@ def state_of(tmp_path, steps=10, **settings):
 
 
 def test_state_round_trip_and_its_refusals(tmp_path):
+    run = trainer.Run(torch.device("cpu"), torch.float32)  # of its own: a run knows what it has begun
     config, model, optimizer, steps = state_of(tmp_path)
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    trainer.save_state(config, RUN, 4, steps, model, optimizer)
+    trainer.save_state(config, run, 4, steps, model, optimizer)
     config, other, fresh, steps = state_of(tmp_path, resume=True)
-    assert trainer.load_state(config, RUN, steps, other, fresh) == 4
+    assert trainer.load_state(config, run, steps, other, fresh) == 4
     assert torch.equal(other.weight, model.weight)
     assert torch.equal(fresh.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
-    with pytest.raises(UserError, match="of 10 steps with seed 0"):
-        trainer.load_state(config, RUN, 11, other, fresh)
+    with pytest.raises(UserError, match="--steps 10 .now --steps 11"):
+        trainer.load_state(config, run, 11, other, fresh)
     with pytest.raises(UserError, match="other weights"):
-        trainer.load_state(config, RUN, 10, torch.nn.Linear(3, 2, bias=False), fresh)
+        trainer.load_state(config, run, 10, torch.nn.Linear(3, 2, bias=False), fresh)
     (tmp_path / trainer.STATE).write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(UserError, match="damaged"):
-        trainer.load_state(config, RUN, 10, other, fresh)
+        trainer.load_state(config, run, 10, other, fresh)
     (tmp_path / trainer.STATE).unlink()
     with pytest.raises(UserError, match="no unfinished run"):
-        trainer.load_state(config, RUN, 10, other, fresh)
+        trainer.load_state(config, run, 10, other, fresh)
 
 
 def test_a_state_says_that_a_run_is_unfinished(tmp_path):
