@@ -152,7 +152,7 @@ ONE_OF = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("no
 
 
 def peft_paths(model):
-    """{path of a linear layer of ours: what it is called in PEFT's files}, such as transformer.h.0.attn.c_attn."""
+    """{path of a linear layer of ours: what it is called in PEFT's files}: its name in Hugging Face's."""
     names = model.hf_names()
     return {path: names[f"{path}.weight"][0].removesuffix(".weight") for path in model.linears()}
 

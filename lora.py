@@ -118,12 +118,12 @@ def adapted(model):
 
 
 def matching(paths, targets):
-    """The paths that end with one of the targets, by whole names as in PEFT: c_proj is both projections of a block."""
+    """The paths that end with one of the targets, by whole names as in PEFT: a name may be of several layers of a block."""
     return [path for path in paths if any(f".{path}".endswith(f".{target}") for target in targets)]
 
 
 def endings(paths):
-    """What the layers of a block are called -> sorted names, without their block: blocks.0.attn.c_proj is attn.c_proj."""
+    """What the layers of a block are called -> sorted names, without their block."""
     return sorted({path.split(".", 2)[2] for path in paths})
 
 
@@ -135,8 +135,8 @@ def is_adapted(model):
 def add_lora(model, r, alpha, dropout=0.0, targets="all", rslora=False, tokens=()):
     """Freezes a network and adds adapters to its blocks' linear layers, in place -> number of trainable parameters.
 
-    targets: "all", "attention", or names of layers such as "c_fc,attn.c_proj" or a list of them. tokens: ids whose rows
-    of the embedding are trained too. Other embeddings, the norms and the head stay frozen.
+    targets: "all", "attention", or names of layers (`endings` lists them), with commas or as a list. tokens: ids whose rows of
+    all token matrices are trained too. Their other rows and the norms stay frozen.
     Raises UserError where a target names no layer, ValueError where the model has adapters already.
     """
     if is_adapted(model):

@@ -13,7 +13,7 @@ stands in pretrain.py and sft.py, how it speaks in generate.py. What those files
     hidden(ids, cache), head(hidden), forward(ids), blocks
     embedding, token_matrices      the matrix of token vectors; the names of all matrices with a row a token
     linears(), replace(path, module), attention_paths       the blocks' linear layers, and whatever has taken their places
-    hf_names()                     what its parameters are called in Hugging Face's files
+    hf_names()                     what its parameters are called in Hugging Face's files; it has no other tensors (buffers)
 """
 import math
 import sys

@@ -70,6 +70,12 @@ def test_the_network_can_be_taken_out_and_looked_at():
     assert "common" in loaded and not {"data", "island", "trainer", "lora", "quant", "tiktoken"} & set(loaded)
 
 
+def test_no_other_file_knows_the_names_of_gpt2s_layers():
+    names = re.compile(r"c_attn|c_proj|c_fc|\bwte\b|\bwpe\b|ln_f|position_embedding")
+    knowing = [name for name, path in MODULES.items() if names.search(path.read_text(encoding="utf-8"))]
+    assert knowing == ["model"], "what a network offers (linears, attention_paths, hf_names) is said in model.py"
+
+
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 COMMAND = re.compile(r"python ((?:-m (?:data|island|evals|common)[\w.]*)|\w+\.py)([^`\n]*)")
