@@ -202,7 +202,7 @@ class GPT(nn.Module):
         return hub.read_weights(model, folder, linear)
 
     def save_pretrained(self, folder, extra=None):
-        """Writes config.json and model.safetensors, float32, as transformers reads them, in place of any model in the folder.
+        """Writes config.json and model.safetensors, float32, as transformers reads them, in place of any model there.
 
         extra: tensors of a head that is not GPT-2's (a reward head), stored under their names in the same file.
         """

@@ -257,8 +257,8 @@ def update(model, optimizer, config, run, step):
 
 def _stop(step, why, config, run):
     kept = "nothing was saved" if run.saved is None else f"the checkpoint of step {run.saved} in {config.out} is kept"
-    raise UserError(f"step {step}: {why}, so training stopped; {kept}: start anew with a lower --lr, or look for broken "
-                    "rows")
+    raise UserError(f"step {step}: {why}, so training stopped; {kept}: start anew with a lower --lr, or look for "
+                    "broken rows")
 
 
 TOO_LARGE = 100.0  # root mean square of trained weights: those of working networks are below 1
@@ -332,8 +332,8 @@ def load_state(config, run, steps, model, *optimizers, extra=None):
 
 @torch.no_grad()
 def restore(state, model, optimizers):
-    """Puts a state's tensors into the model and its optimizers. Raises ValueError where a shape is another one: copy_ would
-    broadcast it, and optimizers do not look."""
+    """Puts a state's tensors into the model and its optimizers. Raises ValueError where a shape is another one: copy_
+    would broadcast it, and optimizers do not look."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items()}
     if shapes(state["model"]) != shapes(trained):

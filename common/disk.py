@@ -15,7 +15,7 @@ from pathlib import Path
 from common.errors import UserError
 
 CURE = "free some space or choose another --out"
-SAVING, SAVED, GONE = ".saving", ".saved", ".gone"  # of together: new files, new files that are whole, names that are to go
+SAVING, SAVED, GONE = ".saving", ".saved", ".gone"  # of together: new files, the same when whole, names that go
 
 
 @contextlib.contextmanager

@@ -122,8 +122,8 @@ def read_weights(network, folder, linear=None):
     trunk = {part for theirs, _ in names.values() for part in theirs.split(".")[:2]}  # all else is of some head
     for name in sorted(there - taken):  # zeros: the biases of a model without biases (write_folder)
         if name.split(".")[0] in trunk and not name.endswith(BUFFERS) and read(name).any():
-            raise UserError(f"{folder}: model.safetensors holds {name}, but a model of its config.json has no place for "
-                            "it: the two files are not of one model")
+            raise UserError(f"{folder}: model.safetensors holds {name}, but a model of its config.json has no place "
+                            "for it: the two files are not of one model")
     return network
 
 

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.flags import flag_of
 from common.hub import MODEL, TOKENIZER
 
-# What may change on the way: where a run is and how fast (results differ by rounding), what it prints and when it saves.
+# What may change on the way: where a run is and how fast (it rounds in another way), what it prints, when it saves.
 # steps and epochs are compared as the number of steps that they make.
 MAY_CHANGE = ("out", "resume", "device", "dtype", "steps", "epochs", "micro_tokens", "checkpointing", "eval_every",
               "save_every", "sample_every", "plot")
@@ -27,7 +27,7 @@ def flag(name, value):
 
 
 def places(value):
-    """A flag's value (a path, a weighted sum of folders) -> the paths that it may name, and the bases of adapters there."""
+    """A flag's value (a path, a weighted sum of folders) -> the paths that it may name, and bases of adapters there."""
     parts = dict.fromkeys([value, *re.split(r"[+*]", value)])
     found = [Path(part.strip()).resolve() for part in parts if part.strip()]
     for place in found:  # it grows on the way
@@ -51,18 +51,18 @@ def checksum(value):
 
 
 def refuse_overwriting(config):
-    """Raises UserError where --out is a folder that the run reads: the reference, an adapter's base, or what --resume starts
-    from would be half-trained weights. One rule for every script, though some could bear it."""
+    """Raises UserError where --out is a folder that the run reads: the reference, an adapter's base, or what --resume
+    starts from would be half-trained weights. One rule for every script, though some could bear it."""
     out = Path(config.out).resolve()
     for name, value in vars(config).items():
         for place in places(value) if name != "out" and isinstance(value, str) else ():
             if place == out or place.exists() and out.exists() and place.samefile(out):  # not all disks know case
-                raise UserError(f"{flag(name, value)} reads {place}, which is --out, so the run would overwrite what it "
-                                "starts from: give another --out")
+                raise UserError(f"{flag(name, value)} reads {place}, which is --out, so the run would overwrite what "
+                                "it starts from: give another --out")
 
 
 def identity(config, steps):
-    """What makes two runs the same -> {"settings": {flag: (value, checksum of what it names)}, "command": without --out}."""
+    """What a run is -> {"settings": {flag: (value, checksum of what it names)}, "command": its start, without --out}."""
     script = Path(inspect.getfile(type(config))).name
     changed = [flag(f.name, getattr(config, f.name)) for f in fields(config)
                if f.name not in ("out", "resume") and getattr(config, f.name) != f.default]
@@ -73,8 +73,8 @@ def identity(config, steps):
 
 
 def differences(before, now):
-    """Two "settings" -> ["--batch-size 32 (now --batch-size 16)", ...]. A file that has moved is the same file; of another
-    script the flags are others too, and are not listed."""
+    """Two "settings" -> ["--batch-size 32 (now --batch-size 16)", ...]. A file that has moved is the same file; of
+    another script the flags are others too, and are not listed."""
     def same(old, new):
         return old[0] == new[0] if None in (old[1], new[1]) else old[1] == new[1]
 

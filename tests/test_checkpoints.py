@@ -105,8 +105,11 @@ class Killed(BaseException):
 left = [0]  # touches of the disk until the kill; 0: none is to come
 
 
+TOUCHES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree")
+
+
 def hook(event, args):
-    if left[0] and event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"):
+    if left[0] and event in TOUCHES:
         left[0] -= left[0] > 1
         if left[0] == 1:  # and it stays so: who is dead does not tidy up
             raise Killed
@@ -127,8 +130,8 @@ def killed_at(event, action):
         left[0] = 0
 
 
-@pytest.mark.parametrize("first, second", [(adapted, tiny), (tiny, adapted), (tiny, lambda seed: tiny(seed, n_layer=1))],
-                         ids=["adapter, model", "model, adapter", "a smaller model"])
+@pytest.mark.parametrize("first, second", [
+    (adapted, tiny), (tiny, adapted), (tiny, lambda seed: tiny(seed, n_layer=1))], ids=["to model", "to adapter", "smaller"])
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_model_whole(base, tmp_path, first, second):
     old, new, seen = first(1), second(2), []
     tok = lambda name: SimpleNamespace(save=lambda folder: (folder / "tokenizer.json").write_text(name))
@@ -205,8 +208,8 @@ def test_buffers_and_other_heads_are_fine(tmp_path, trunk):
         tensors = {name.partition(".")[2]: tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
         save_file(tensors, tmp_path / "model.safetensors")
     block = "h.0." if trunk else "transformer.h.0."
-    change(tmp_path, tensors={f"{block}attn.bias": torch.ones(1, 1, 16, 16), f"{block}attn.masked_bias": torch.tensor(-1e4),
-                              f"{block}attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.ones(1029, 8),
+    change(tmp_path, tensors={f"{block}attn.bias": torch.ones(1, 1, 16, 16),
+                              f"{block}attn.masked_bias": torch.tensor(-1e4), f"{block}attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.ones(1029, 8),
                               "score.weight": torch.ones(1, 8), "v_head.summary.weight": torch.ones(1, 8)})
     assert same_model(tmp_path, model)
 
