@@ -10,12 +10,13 @@ The blocks' matrices are trained by Muon (trainer.py), all else by AdamW: on the
 """
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 import trainer
 from checkpoints import load, save_checkpoint
-from common.flags import TrainConfig, dropout_of, parse
+from common.flags import Positive, TrainConfig, dropout_of, parse
 from data import files
 from data.tokenizer import get_tokenizer
 from island.world import Island
@@ -88,6 +89,11 @@ def mix_step(model, text, step, config, run):
 
 @dataclass
 class Config(TrainConfig):
+    lora_r: ClassVar[int] = 0  # all weights learn: adapters come with sft.py
+    lora_alpha: ClassVar[float] = 0.0
+    lora_dropout: ClassVar[float] = 0.0
+    lora_targets: ClassVar[str] = ""
+    nf4: ClassVar[bool] = False
     data: str = ""  # a text file, or .jsonl with {"text"} rows; empty: the island's plain text
     init: str = ""  # go on from this checkpoint; empty: start from random weights
     out: str = "out/base"  # folder for the checkpoint and log.jsonl
@@ -101,7 +107,7 @@ class Config(TrainConfig):
     n_embd: int = 128  # width
     block_size: int = 128  # context length
     muon: bool = True  # Muon (trainer.py) for the blocks' matrices; else AdamW for all, which needs twice the steps
-    documents: int = 20000  # documents of the island's plain text
+    documents: Positive = 20000  # the island: documents of its plain text
 
 
 def load_text(config, tok):

@@ -28,6 +28,7 @@ from evals import benches, choice, weights
 from island import exam
 from island.exam import MEASURES
 from island.world import Island
+from pretrain import text_loss, text_stream
 
 STAGES = {  # folder: its script, the folders that it starts from, and the flags that make it another than its default
     "base": (pretrain, {}, {}),
@@ -60,10 +61,10 @@ def run_stages(folder, config, run):
 def measure(folder, run):
     """One seed's chain -> {table: {row: {column: number}}}."""
     island, found = Island(), {}
-    rows = island.conversations(600, seed=7, split="test")  # the held-out ones of sft.py
-    lines = [json.loads(line) for line in (folder / "base" / "log.jsonl").read_text().splitlines()]
+    rows = exam.questions(island)  # the held-out ones of sft.py
     model, tok = load_to_ask(folder / "base", run)
-    found["base"] = {"held-out loss": [line["held_out"] for line in lines if "held_out" in line][-1],
+    text = text_stream(island.plain_text(400, seed=9), tok)  # the held-out one of pretrain.py
+    found["base"] = {"held-out loss": text_loss(model, text, run),
                      "quiz": choice.evaluate(model, tok, choice.island_quiz(island), run)[0]["acc"][0]}
     found["skills"] = {name: {key: share for key, (share, _) in exam.skills(*load_to_ask(folder / name, run), rows, island,
                                                                             run).items()} for name in SFT}
@@ -137,7 +138,7 @@ Greedy answers to what no conversation has mentioned.
 
 ## What preferences do, and what they cost (dpo.py, ppo.py)
 
-Answers at temperature 1 to 400 held-out questions and 50 harmless look-alikes. All start from the first column.
+Answers at temperature 1 to 400 held-out questions. All start from the first column.
 
 {markdown(["", *POLICIES], columns(found, "preferences", POLICIES))}
 
