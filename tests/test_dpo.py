@@ -42,8 +42,8 @@ def test_at_the_start_the_loss_is_ln_2_and_the_gradient_half_beta(beta):
     chosen, rejected = (noise(7, seed=seed).mul(20).requires_grad_() for seed in (0, 1))
     loss, chosen_rewards, rejected_rewards = dpo.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), beta)
     (loss * 7).backward()  # the sum over pairs
-    assert loss.item() == pytest.approx(math.log(2), abs=1e-15)
-    assert chosen.grad.tolist() == pytest.approx([-beta / 2] * 7)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-15), "the reference is not subtracted"
+    assert chosen.grad.tolist() == pytest.approx([-beta / 2] * 7), "beta is lost, or the sides are swapped"
     assert rejected.grad.tolist() == pytest.approx([beta / 2] * 7)
     assert not chosen_rewards.any() and not rejected_rewards.any()
 
@@ -59,7 +59,7 @@ HAND_WORKED = {
 
 
 @EACH_LOSS
-def test_hand_worked(loss, smoothing):
+def test_each_loss_is_its_equation_on_a_hand_worked_pair(loss, smoothing):
     """log pi/pi_ref is +1 for the chosen and -1 for the rejected answer; beta 0.5 makes them rewards of +-0.5."""
     pair = [torch.tensor([x]) for x in (-1.0, -4.0, -2.0, -3.0)]
     value, chosen_rewards, rejected_rewards = dpo.dpo_loss(*pair, beta=0.5, label_smoothing=smoothing, loss=loss)
@@ -85,7 +85,8 @@ def test_gradient_equals_finite_differences_and_the_reference_has_none(loss, smo
     f = lambda *policy: dpo.dpo_loss(*policy, *ref, beta=0.7, label_smoothing=smoothing, loss=loss)[0]
     assert torch.autograd.gradcheck(f, policy)
     f(*policy).backward()
-    assert all(x.grad is None for x in ref) and all(x.grad.any() for x in policy)
+    assert all(x.grad is None for x in ref), "the reference is trained too: it is not detached"
+    assert all(x.grad.any() for x in policy), "one side of the pair gets no gradient"
 
 
 @EACH_LOSS
@@ -95,7 +96,7 @@ def test_the_gradient_raises_the_chosen_and_lowers_the_rejected(loss, smoothing)
     zeros = torch.zeros(6, dtype=torch.float64)
     value, rewards, _ = dpo.dpo_loss(chosen, rejected, zeros, zeros, 0.1, smoothing, loss)
     value.backward()
-    assert (chosen.grad < 0).all() and torch.allclose(chosen.grad, -rejected.grad)
+    assert (chosen.grad < 0).all() and torch.allclose(chosen.grad, -rejected.grad), "chosen and rejected are swapped"
     assert not rewards.requires_grad
     swapped = dpo.dpo_loss(rejected, chosen, zeros, zeros, 0.1, smoothing, loss)[0]
     assert swapped.item() != pytest.approx(value.item(), rel=1e-3)
@@ -175,10 +176,11 @@ def test_log_probabilities_are_summed_over_the_answer_with_its_end_whatever_the_
     logps = dpo.answer_logps(model, ids, mask, average)
     answers = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
     expected = torch.stack([by_hand(model, answer, average) for answer in answers])
-    assert torch.allclose(logps, expected, atol=1e-4)  # the mean for the sum, or sides mixed up, is far away
+    assert torch.allclose(logps, expected, atol=1e-4), \
+        "sum and mean are mixed up, the end token is missing, or the sides are swapped"
     ids = torch.cat([ids, torch.full((len(ids), 5), 7)], 1)
     mask = torch.cat([mask, torch.zeros(len(mask), 5, dtype=torch.long)], 1)
-    assert torch.allclose(dpo.answer_logps(model, ids, mask, average), logps, atol=1e-5)
+    assert torch.allclose(dpo.answer_logps(model, ids, mask, average), logps, atol=1e-5), "padding counts"
 
 
 def test_the_mask_is_the_last_answer_and_its_end_token():
@@ -186,7 +188,8 @@ def test_the_mask_is_the_last_answer_and_its_end_token():
     answers = [{"text": "good", "score": 1}, {"text": "bad", "score": 0}]
     (chosen, rejected), = examples([{"prompt": turns, "answers": answers}])
     for answer, text in ((chosen, " good<|end|>"), (rejected, " bad<|end|>")):
-        assert TOK.encoding.decode([i for i, m in zip(answer.ids, answer.mask) if m]) == text
+        learned = TOK.encoding.decode([i for i, m in zip(answer.ids, answer.mask) if m])
+        assert learned == text, "earlier answers are learned too, or the end token is masked out"
         assert "first answer" in TOK.encoding.decode(answer.ids)
 
 
@@ -237,7 +240,8 @@ def test_precomputed_reference_equals_the_one_on_the_fly(loss, lora_r):
     dpo.add_reference(model.train(), pairs, RUN, config)
     assert model.training and all(not getattr(module, "off", False) for module in model.modules())
     ids, mask, ref_logps = dpo.pair_batch(pairs, "cpu")
-    assert torch.allclose(ref_logps, dpo.answer_logps(frozen, ids, mask, loss == "ipo"), atol=1e-4)
+    assert torch.allclose(ref_logps, dpo.answer_logps(frozen, ids, mask, loss == "ipo"), atol=1e-4), \
+        "dropout or adapters are on"
 
 
 def test_the_step_starts_at_ln_2_with_no_reward():
@@ -272,13 +276,15 @@ def test_many_small_parts_equal_one_batch(micro_tokens):
             (dpo.forward(model, part, RUN, config)[0] * len(part) / len(pairs)).backward()
         grads.append([p.grad for p in model.parameters()])
         assert sum(map(len, parts)) == 13 and (len(parts) == 1) == (tokens == 10**6)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads)), \
+        "a mean of means: the parts have different numbers of pairs"
     sizes = {len(part) for part in trainer.split(pairs, dpo.pair_width, 200)}
     assert len(sizes) > 1  # so that a mean of means would be another number
 
 
 # ---- the island's questions ------------------------------------------------------------------------------------------
 
+@pytest.mark.runs
 @pytest.mark.parametrize("style, expected", [
     ("reference", dict(helpful=1, honest=1, harmless=1, complies=0, flatters=0)),
     ("flattery", dict(helpful=1, flatters=1, complies=1, honest=0, harmless=0)),
@@ -378,6 +384,7 @@ def test_mix_adds_the_gradient_of_the_plain_text(start, tmp_path):
     assert logs[0]["loss"] == logs[1]["loss"] and abs(logs[1]["grad_norm"] - logs[0]["grad_norm"]) > 0.01
 
 
+@pytest.mark.runs
 def test_flags():
     given = "--beta 0.3 --loss ipo --reference-free --label-smoothing 0.1 --mix 1 --pairs top2"
     config = parse(dpo.Config, argv=given.split())

@@ -72,14 +72,14 @@ def train(model, steps=3):
 # ---- LoRALinear ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("nf4", [False, True])
-def test_the_start(nf4):
+def test_it_starts_as_the_base_and_trains_nothing_else(nf4):
     base = layer(nf4)
     lora_layer = LoRALinear(base, 3, 6)
     x = torch.randn(5, 7, 24)
-    assert torch.equal(lora_layer(x), base(x))
+    assert torch.equal(lora_layer(x), base(x)), "it does not start as the base: B is not 0"
     assert lora_layer.lora_A.shape == (3, 24) and lora_layer.lora_B.shape == (40, 3)
     lora_layer(x).square().sum().backward()
-    assert not lora_layer.lora_A.grad.any() and lora_layer.lora_B.grad.abs().min() > 0
+    assert not lora_layer.lora_A.grad.any() and lora_layer.lora_B.grad.abs().min() > 0, "B starts at 0, A does not"
     assert {n for n, p in lora_layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     assert base.bias.grad is None
 
@@ -99,14 +99,15 @@ def test_the_scale_by_hand(rslora, scaling):
     lora_layer.lora_A.data = torch.tensor([[1.0, 2], [0, 1], [0, 0], [1, 0]])
     lora_layer.lora_B.data = torch.tensor([[1.0, 0, 0, 0], [0, 1, 5, 0], [0, 0, 0, 2]])
     # x = (10, 1): A x = (12, 1, 0, 10), B A x = (12, 1, 20)
-    assert lora_layer(torch.tensor([10.0, 1])).tolist() == [12 * scaling, 1 * scaling, 20 * scaling]
+    assert lora_layer(torch.tensor([10.0, 1])).tolist() == [12 * scaling, 1 * scaling, 20 * scaling], \
+        "alpha / r is lost"
 
 
 def test_dropout_falls_on_the_adapters_input_only():
     lora_layer = LoRALinear(layer(False), 4, 8, dropout=0.5)
     x = torch.randn(64, 24)
     base = lora_layer.frozen(x)
-    assert torch.equal(lora_layer(x), base)  # B is 0: dropout on the base's input would show here
+    assert torch.equal(lora_layer(x), base), "dropout falls on the base's input too"
     lora_layer.lora_B.data.normal_()
     torch.manual_seed(3)
     y = lora_layer(x)
@@ -219,7 +220,7 @@ def test_targets_and_the_number_of_trainable_parameters(targets, layers, nf4):
     model = tiny(nf4=nf4)
     count = add_lora(model, 4, 8, targets=targets)
     found = {path for path, m in model.named_modules() if isinstance(m, LoRALinear)}
-    assert found == {f"blocks.{i}.{name}" for i in (0, 1) for name in layers}
+    assert found == {f"blocks.{i}.{name}" for i in (0, 1) for name in layers}, "square layers only?"
     assert count == 2 * sum(4 * (n + m) for n, m in layers.values()) == trainable(model)
     assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
 
@@ -286,7 +287,8 @@ def test_lora_off_is_the_base_bit_for_bit_and_comes_back(nf4):
         trained = model(IDS)
         model.train()
         with lora_off(model):
-            assert torch.equal(model(IDS), base(IDS))
+            assert torch.equal(model(IDS), base(IDS)), \
+                "the reference is not the base: rows of tokens or adapters are on"
             with lora_off(model):
                 assert torch.equal(model(IDS), base(IDS))
             assert torch.equal(model(IDS), base(IDS))  # the inner one does not end the outer one

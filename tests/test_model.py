@@ -26,7 +26,8 @@ def test_causal_and_all_positions():
     changed[:, 6:] = (changed[:, 6:] + 1) % 50
     a, b = model(ids), model(changed)
     assert a.shape == (2, 10, 50)
-    assert torch.equal(a[:, :6], b[:, :6]) and not torch.allclose(a[:, 6:], b[:, 6:])
+    assert torch.equal(a[:, :6], b[:, :6]), "a position sees what comes after it"
+    assert not torch.allclose(a[:, 6:], b[:, 6:])
 
 
 def test_initialisation_is_gpt2s():
@@ -42,7 +43,7 @@ def test_dropout_is_off_in_evaluation_and_on_in_training(dropout):
     model, plain, ids = tiny(**dropout), tiny(), torch.randint(50, (2, 10))
     assert not torch.allclose(model(ids), model(ids))
     model.eval()
-    assert torch.equal(model(ids), plain(ids))
+    assert torch.equal(model(ids), plain(ids)), "dropout is on in evaluation: no ratio of PPO would be 1"
 
 
 def test_dropout_ramp_goes_from_bottom_to_top():
@@ -58,14 +59,15 @@ def test_checkpointing_changes_no_gradient():
         torch.manual_seed(1)
         pretrain.next_token_loss(model, ids).backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients))
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients)), "recomputed with other dropout"
 
 
 def test_next_token_loss_is_shifted_by_one():
     model, ids = tiny(), torch.randint(50, (2, 7))
     logps = model(ids).log_softmax(-1)
     by_hand = [logps[b, t, ids[b, t + 1]].item() for b in range(2) for t in range(6)]
-    assert pretrain.next_token_loss(model, ids).item() == pytest.approx(-sum(by_hand) / 12, rel=1e-5)
+    assert pretrain.next_token_loss(model, ids).item() == pytest.approx(-sum(by_hand) / 12, rel=1e-5), \
+        "position t predicts t + 1"
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ def test_cached_generation_equals_the_uncached_model_for_any_mix_of_lengths(leng
     model = tiny(seed=len(lengths)).eval()
     prompts = [torch.randint(50, (n,)).tolist() for n in lengths]
     expected = [greedy_by_hand(model, p, 12) for p in prompts]
-    assert generate(model, prompts, 12, temperature=0.0) == expected
+    assert generate(model, prompts, 12, temperature=0.0) == expected, "a row sees padding, or another row's cursor"
     assert len(set(map(len, expected))) > 1 or max(lengths) < 12  # rows near the end of the context stop early
 
 
@@ -173,7 +175,8 @@ def test_sampling_follows_the_softmax_at_the_temperature():
     logits = torch.tensor([2.0, 0.5, -1.0, -math.inf, 1.0])
     for temperature in (1.0, 0.5, 2.0):
         expected = (logits / temperature).softmax(0)
-        assert torch.allclose(frequencies(logits, temperature=temperature), expected, atol=0.015)
+        assert torch.allclose(frequencies(logits, temperature=temperature), expected, atol=0.015), \
+            "logits are divided by it"
     assert frequencies(logits)[3] == 0
 
 
@@ -198,14 +201,16 @@ def test_token_logps_shift_mask_and_temperature():
     for b in range(3):
         for t in range(7):
             expected = full[b, t, ids[b, t + 1]].item() if mask[b, t + 1] else 0.0
-            assert logps[b, t].item() == pytest.approx(expected, abs=1e-5)
+            assert logps[b, t].item() == pytest.approx(expected, abs=1e-5), \
+                "column t is of token t + 1, at the temperature"
 
 
 def test_token_logps_of_an_empty_mask_is_zero_with_zero_gradient():
     model = tiny()
     total = token_logps(model, torch.randint(50, (2, 5)), torch.zeros(2, 5)).sum()
     total.backward()
-    assert total.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert total.item() == 0, "nothing to learn from is 0, not NaN"
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------

@@ -30,7 +30,9 @@ def test_kl_rewards_hand_worked():
     ref = torch.tensor([[5.0, -2.0, -1.5, -1.0, 5.0], [5.0, 5.0, -1.0, -2.0, -1.0]])
     rewards = ppo.kl_rewards(torch.tensor([3.0, -4.0]), logps, ref, MASK, beta=0.1)
     expected = torch.tensor([[0, -0.1, 0.05, 3.0, 0], [0, 0, 0, -0.1, -4.0 + 0.2]])
-    assert torch.allclose(rewards, expected)  # the penalty is negative where the policy is likelier; the score sits on the end
+    # the penalty is negative where the policy is likelier; the score sits on the end
+    assert torch.allclose(rewards, expected), \
+        "the KL has the wrong sign, or the score is not on the last response token"
 
 
 def test_policy_equal_to_reference_leaves_the_score_alone():
@@ -53,9 +55,10 @@ def test_gae_equals_the_double_sum(gamma, lam):
             for k, s in enumerate(steps[i:]):
                 later = values[b, s + 1] if s != steps[-1] else 0.0
                 total += (gamma * lam) ** k * (rewards[b, s] + gamma * later - values[b, s])
-            assert advantages[b, t].item() == pytest.approx(float(total), abs=1e-5)
+            assert advantages[b, t].item() == pytest.approx(float(total), abs=1e-5), \
+                "values are off by one, or one follows the end"
             assert returns[b, t].item() == pytest.approx(float(total + values[b, t]), abs=1e-5)
-    assert not advantages[MASK == 0].any() and not returns[MASK == 0].any()
+    assert not advantages[MASK == 0].any() and not returns[MASK == 0].any(), "prompt and padding have advantages"
 
 
 def test_gae_hand_worked():
@@ -71,22 +74,23 @@ def test_gamma_and_lambda_1_give_the_reward_to_go():
     rewards, values = noise(2, 5) * MASK, noise(2, 5, seed=1)
     _, returns = ppo.gae(rewards, values, MASK, 1.0, 1.0)
     to_go = rewards.flip(1).cumsum(1).flip(1) * MASK
-    assert torch.allclose(returns, to_go, atol=1e-5)
+    assert torch.allclose(returns, to_go, atol=1e-5), "returns are not advantages + values"
 
 
 def test_padding_and_its_values_never_count():
     rewards, values = noise(2, 5), noise(2, 5, seed=1)
     a = ppo.gae(rewards * MASK, values, MASK)
     b = ppo.gae(rewards * MASK, torch.where(MASK == 1, values, torch.tensor(1e6)), MASK)
-    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert all(torch.equal(x, y) for x, y in zip(a, b)), "a value outside the mask counts"
 
 
 def test_whiten_by_masked_statistics():
     x = torch.where(MASK == 1, noise(2, 5), torch.tensor(1e6))
     white = ppo.whiten(x, MASK)
     inside = white[MASK == 1]
-    assert inside.mean().item() == pytest.approx(0, abs=1e-6) and inside.var(unbiased=False).item() == pytest.approx(1, rel=1e-4)
-    assert not white[MASK == 0].any() and torch.equal(white, white + 0)
+    assert inside.mean().item() == pytest.approx(0, abs=1e-6), "the mean is taken over padding too"
+    assert inside.var(unbiased=False).item() == pytest.approx(1, rel=1e-4), "the variance is taken over padding too"
+    assert not white[MASK == 0].any(), "padding gets an advantage: minus the mean"
     assert torch.isfinite(ppo.whiten(torch.ones(1, 3), torch.ones(1, 3))).all()
 
 
@@ -97,7 +101,8 @@ def test_policy_loss_gradient_at_ratio_1_is_minus_the_advantage():
     logps = old.clone().requires_grad_()
     loss, clipfrac = ppo.policy_loss(logps, old, advantages, MASK)
     loss.backward()
-    assert torch.allclose(logps.grad, -advantages * MASK / MASK.sum(), atol=1e-7)
+    assert torch.allclose(logps.grad, -advantages * MASK / MASK.sum(), atol=1e-7), \
+        "the sign, or a mean over padding too"
     assert clipfrac == 0 and loss.item() == pytest.approx(-(advantages * MASK).sum().item() / 6, abs=1e-6)
 
 
@@ -109,7 +114,8 @@ def test_policy_loss_clips_on_the_right_side_only(ratio, advantage, expected, mo
     logps = torch.tensor([[math.log(ratio), 123.0]]).requires_grad_()
     loss, clipfrac = ppo.policy_loss(logps, torch.zeros(1, 2), torch.tensor([[advantage, 5.0]]), torch.tensor([[1.0, 0.0]]), 0.2)
     loss.backward()
-    assert loss.item() == pytest.approx(-expected, rel=1e-5)
+    assert loss.item() == pytest.approx(-expected, rel=1e-5), \
+        "the larger of the two was taken, or only one side is clipped"
     assert bool(logps.grad[0, 0] != 0) == moves == (clipfrac.item() == 0) and logps.grad[0, 1] == 0
 
 
@@ -135,8 +141,9 @@ def test_k1_and_k3_estimate_the_exact_kl_of_a_categorical():
 
 def test_k1_sums_over_the_response_and_k3_averages_over_tokens():
     logps, ref = torch.full((2, 5), -1.0), torch.full((2, 5), -1.5)
-    assert torch.allclose(ppo.kl_k1(logps, ref, MASK), torch.tensor([1.5, 1.5]))
-    assert ppo.kl_k3(logps, ref, MASK).item() == pytest.approx(math.exp(-0.5) - 0.5)
+    assert torch.allclose(ppo.kl_k1(logps, ref, MASK), torch.tensor([1.5, 1.5])), \
+        "k1 of a response is a sum, over the mask"
+    assert ppo.kl_k3(logps, ref, MASK).item() == pytest.approx(math.exp(-0.5) - 0.5), "k3 is a mean over tokens"
 
 
 def test_adapted_beta():
@@ -259,7 +266,8 @@ def test_rollout_masks_the_response_and_its_end_token():
     for row, prompt in enumerate(prompts):
         assert ids[row, :len(prompt)].tolist() == prompt
         on = mask[row].nonzero().flatten().tolist()
-        assert on == list(range(len(prompt) - 1, len(prompt) - 1 + len(on)))  # column t is token t + 1
+        assert on == list(range(len(prompt) - 1, len(prompt) - 1 + len(on))), \
+            "column t is token t + 1: the mask is off by one"
         assert bool(ended[row]) == (ids[row, on[-1] + 1].item() == tok.end) and (ended[row] or len(on) == 6)
 
 
@@ -286,8 +294,9 @@ def test_micro_batches_change_no_gradient_and_no_number():
         grads = [p.grad for model in (policy, value) for p in model.parameters() if p.grad is not None]
         found.append((len(parts), {name: sum(log[name] for log in logs) for name in logs[0]}, torch.cat([g.flatten() for g in grads])))
     (one, numbers, whole), (several, summed, pieces) = found
-    assert one == 1 < several and summed == pytest.approx(numbers, rel=1e-4)
-    assert torch.allclose(whole, pieces, atol=1e-6) and whole.abs().max() > 1e-3
+    assert one == 1 < several and summed == pytest.approx(numbers, rel=1e-4), \
+        "a mean of means: the parts have different numbers of tokens"
+    assert torch.allclose(whole, pieces, atol=1e-6) and whole.abs().max() > 1e-3, "a mean of means in the gradient"
 
 
 def test_rows_of_a_rollout_keep_their_columns_together():
@@ -310,6 +319,7 @@ def test_approx_kl_is_of_the_old_policy_from_the_new_one():
     assert ppo.kl_k3(new[samples][None], old[samples][None], ones).item() != pytest.approx(exact, rel=0.2)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("flag", ["--flattery", "--noise", "--aspect", "--pairs", "--max-pairs", "--epochs", "--eval-every",
                                   "--dropout", "--lora-dropout"])
 def test_a_flag_that_would_do_nothing_is_refused(flag):
@@ -321,11 +331,13 @@ def half_long(prompt, response):
     return len(response) / 2
 
 
+@pytest.mark.runs
 def test_a_reward_of_the_users_own():
     scorer = ppo.load_scorer(ppo.Config(reward=f"{__name__}:half_long"), RUN, None)
     assert scorer([[{"role": "user", "content": "q"}, {"role": "assistant", "content": "four"}]]) == [2.0]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("spec, words", [
     ("gold", "cannot mark the answers"), ("nowhere:f", "No module named"), ("math:nothing", "no attribute"),
     ("math:nan_of", "no attribute"), ("out/no-such-reward", "no-such-reward")])
@@ -334,6 +346,7 @@ def test_a_reward_that_is_not_there_is_one_sentence(spec, words):
         ppo.load_scorer(ppo.Config(reward=spec), RUN, None)
 
 
+@pytest.mark.runs
 def test_greedy_answers_are_no_samples():
     with pytest.raises(UserError, match="--temperature 0.*above 0"):
         ppo.main(ppo.Config(temperature=0.0, device="cpu"))

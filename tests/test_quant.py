@@ -72,7 +72,8 @@ def test_codes_are_the_nearest_levels_for_every_shape(shape, block, version):
     codes, absmax = by_definition(weight, block)
     assert q.shape == weight.shape and q.packed.numel() == -(-weight.numel() // 2)
     assert torch.equal(q.absmax, absmax)
-    assert torch.equal(codes_of(q).long(), codes)
+    assert torch.equal(codes_of(q).long(), codes), \
+        "not the nearest level: a midpoint, or blocks that run over rows, are wrong"
     expected = CODEBOOK[codes] * absmax.repeat_interleave(block)[: weight.numel()]
     assert torch.equal(dequantize_nf4(q), expected.view(shape))
 
@@ -108,7 +109,7 @@ def test_scaled_by_the_reciprocal_not_by_a_quotient(version):
 
 
 def test_first_element_is_in_the_high_nibble():
-    assert quantize_nf4(torch.tensor([1.0, -1.0])).packed.tolist() == [0xF0]
+    assert quantize_nf4(torch.tensor([1.0, -1.0])).packed.tolist() == [0xF0], "the nibbles are swapped"
     assert quantize_nf4(torch.tensor([1.0])).packed.tolist() == [0xF7]  # the missing second one counts as zero
 
 
@@ -118,7 +119,8 @@ def test_zero_and_tiny_blocks(version):
         q = quantize_nf4(weight, double=double)
         back = dequantize_nf4(q)
         assert (codes_of(q)[:64] == 7).all() and (codes_of(q)[128:] == 7).all()
-        assert torch.isfinite(back).all() and (back[:64] == 0).all() and (back[128:] == 0).all()
+        assert torch.isfinite(back).all(), "divided by an absmax of 0"
+        assert (back[:64] == 0).all() and (back[128:] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -440,6 +442,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.runs
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak is read from Linux's /proc")
 def test_peak_memory_of_a_deep_stack():
     """16 layers of 16 MB as floats: a dense stack, or one that kept its dequantized weights, would need 256 MB."""

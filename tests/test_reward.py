@@ -57,7 +57,8 @@ def test_bradley_terry_hand_worked():
     chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.5])
     assert bradley_terry_loss(chosen, rejected).item() == pytest.approx((0.3132617 + 0.9740770) / 2, abs=1e-6)
     weighted = bradley_terry_loss(chosen, rejected, torch.tensor([3.0, 1.0])).item()
-    assert weighted == pytest.approx((3 * 0.3132617 + 0.9740770) / 4, abs=1e-6)
+    assert weighted == pytest.approx((3 * 0.3132617 + 0.9740770) / 4, abs=1e-6), \
+        "divided by the pairs, not by their weight"
     assert bradley_terry_loss(chosen, chosen).item() == pytest.approx(math.log(2))
     assert bradley_terry_loss(chosen[:0], chosen[:0]).item() == 0
 
@@ -66,7 +67,8 @@ def test_bradley_terry_gradient_is_minus_the_chance_of_being_wrong():
     chosen, rejected = torch.tensor([2.0, -1.0], requires_grad=True), torch.tensor([1.0, 0.5], requires_grad=True)
     bradley_terry_loss(chosen, rejected).backward()
     wrong = torch.sigmoid(rejected - chosen).detach() / 2  # of two pairs
-    assert torch.allclose(chosen.grad, -wrong) and torch.allclose(rejected.grad, wrong)
+    assert torch.allclose(chosen.grad, -wrong) and torch.allclose(rejected.grad, wrong), \
+        "chosen and rejected are swapped"
 
 
 def test_a_swapped_pair_costs_more_and_extremes_stay_finite():
@@ -74,7 +76,7 @@ def test_a_swapped_pair_costs_more_and_extremes_stay_finite():
     far = torch.tensor([-1000.0], requires_grad=True)
     loss = bradley_terry_loss(far, torch.tensor([1000.0]))
     loss.backward()
-    assert loss.item() == 2000 and far.grad.item() == -1
+    assert loss.item() == 2000 and far.grad.item() == -1, "log(sigmoid(x)) is log 0 here: use logsigmoid"
 
 
 # ---- K answers -------------------------------------------------------------------------------------------------------
@@ -83,7 +85,8 @@ def test_ranking_loss_is_the_average_over_pairs_and_equal_ranks_give_none():
     pairs = [(0, 1), (0, 2), (0, 3), (2, 1), (2, 3)]  # not (1, 3): they share a rank
     s = SCORES.tolist()
     expected = sum(nll(s[w], s[l]) for w, l in pairs) / len(pairs)
-    assert ranking_loss(SCORES, RANKS).item() == pytest.approx(expected, rel=1e-6)
+    assert ranking_loss(SCORES, RANKS).item() == pytest.approx(expected, rel=1e-6), \
+        "equal ranks make a pair, or pairs are not averaged"
     assert ranking_loss(SCORES, torch.tensor([0, 1, 2, 3])).item() == pytest.approx(
         sum(nll(s[w], s[l]) for w, l in combinations(range(4), 2)) / 6, rel=1e-6)  # 1 / C(4, 2)
 
@@ -153,7 +156,8 @@ def test_the_step_is_the_mean_of_ranking_losses_over_questions():
 def test_accumulation_equals_one_large_batch(micro_tokens):
     rankings = rankings_of(ranked_rows(10))
     (loss, grad), (whole, expected) = gradient(rankings, micro_tokens), gradient(rankings)
-    assert loss == pytest.approx(whole, rel=1e-5) and torch.allclose(grad, expected, atol=1e-6) and grad.abs().max() > 1e-3
+    assert loss == pytest.approx(whole, rel=1e-5), "a mean of means: the parts have different numbers of questions"
+    assert torch.allclose(grad, expected, atol=1e-6) and grad.abs().max() > 1e-3, "a mean of means in the gradient"
     parts = reward.split_rankings(rankings, micro_tokens)
     assert len(parts) == len(rankings) if micro_tokens == 1 else len(parts) >= 1
     widths = [(sum(len(r.ids) for r in part), max(r.longest for r in part)) for part in reward.split_rankings(rankings, 300)]
@@ -326,6 +330,7 @@ def test_calibration_recovers_a_model_that_is_calibrated():
 
 # ---- data and whole runs ---------------------------------------------------------------------------------------------
 
+@pytest.mark.runs
 def test_island_aspects_rank_by_what_they_name():
     ranked = lambda aspect: load_ranked(reward.Config(aspect=aspect, n_ranked=60), Island, print)[0]
     best = lambda rows: {a["type"] for row in rows for a in row["answers"] if a["score"] == 1 and row["kind"] == "fact"}

@@ -45,8 +45,10 @@ def test_masked_loss_is_the_mean_over_the_mask():
     probs = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.7, 0.2], [0.2, 0.2, 0.6]]])
     targets, mask = torch.tensor([[1, 1, 0]]), torch.tensor([[1, 0, 1]])
     expected = -(math.log(0.25) + math.log(0.2)) / 2
-    assert sft.masked_loss(probs.log(), targets, mask).item() == pytest.approx(expected, rel=1e-6)
-    assert sft.masked_loss(probs.log() + 5, targets, mask).item() == pytest.approx(expected, rel=1e-5)  # logits, not log-probs
+    assert sft.masked_loss(probs.log(), targets, mask).item() == pytest.approx(expected, rel=1e-6), \
+        "the mean is over all positions"
+    assert sft.masked_loss(probs.log() + 5, targets, mask).item() == pytest.approx(expected, rel=1e-5), \
+        "logits are no log-probs"
     assert sft.masked_loss(probs.log(), targets, mask, n=8).item() == pytest.approx(expected * 2 / 8, rel=1e-6)
 
 
@@ -57,7 +59,7 @@ def test_masked_loss_gradient_is_softmax_minus_one_hot_and_exactly_zero_elsewher
     sft.masked_loss(logits, targets, mask).backward()
     expected = (logits.softmax(-1) - torch.nn.functional.one_hot(targets, 5)) * mask[..., None] / 3
     assert torch.allclose(logits.grad, expected, atol=1e-6)
-    assert not logits.grad[mask == 0].any()
+    assert not logits.grad[mask == 0].any(), "what the mask hides is learned"
 
 
 def test_masked_loss_survives_infinities_outside_the_mask():
@@ -75,7 +77,8 @@ def test_slices_of_the_head_change_nothing(monkeypatch, logits):
     (-expected.sum() / learned.sum()).backward()
     grads = [p.grad.clone() for p in model.parameters()]
     monkeypatch.setattr("model.SLICE", logits)
-    assert torch.allclose(token_logps(model, ids, mask).double(), expected, atol=1e-5)
+    assert torch.allclose(token_logps(model, ids, mask).double(), expected, atol=1e-5), \
+        "not shifted by one, or slices out of order"
     model.zero_grad()
     sft.sft_loss(model, ids, mask).backward()
     assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(grads, model.parameters()))
@@ -94,7 +97,9 @@ def test_the_fast_sum_is_the_sum_of_the_readable_log_probabilities(frozen, monke
         total = logps(model)
         (total * 0.3).backward()
         found.append((total.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12) and torch.allclose(found[0][1], found[1][1], atol=1e-12)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-12), \
+        "d/dlogits is onehot - softmax, times what comes from above"
 
 
 def shifted():
@@ -132,7 +137,8 @@ def test_empty_mask_is_zero_with_a_zero_gradient():
     logits = torch.randn(2, 3, 5, requires_grad=True)
     loss = sft.masked_loss(logits, torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3))
     loss.backward()
-    assert loss.item() == 0 and logits.grad is not None and not logits.grad.any()
+    assert loss.item() == 0 and logits.grad is not None and not logits.grad.any(), \
+        "0 / 0: nothing to learn from is no NaN"
     model = tiny()
     sft.sft_loss(model, torch.ones(2, 6, dtype=torch.long), torch.zeros(2, 6)).backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -165,11 +171,12 @@ def test_only_the_assistants_tokens_are_learned_through_the_loader():
         for token in ids[row].tolist():  # an independent reading of who speaks
             expected.append(speaking)
             speaking = token == assistant or speaking and token != TOK.end
-        assert grad[row].abs().sum(-1).gt(0).tolist() == expected[1:]
+        assert grad[row].abs().sum(-1).gt(0).tolist() == expected[1:], \
+            "the user is imitated, or the end token is masked out"
         assert expected[-1] or ids[row, -1] in (0, TOK.end)
     ends = (ids[:, 1:] == TOK.end) & mask[:, 1:].bool()
     assert ends.sum() == sum(len([m for m in r["messages"] if m["role"] == "assistant"]) for r in rows_of(11))
-    assert (grad[ends].gather(1, torch.full((int(ends.sum()), 1), TOK.end)) < 0).all()  # the end token is pushed up
+    assert (grad[ends].gather(1, torch.full((int(ends.sum()), 1), TOK.end)) < 0).all(), "it never learns to stop"
     assert user in ids
 
 
@@ -189,7 +196,8 @@ def test_padding_changes_nothing_whatever_its_id():
         more = torch.cat([ids, torch.full((5, 4), pad_id)], dim=1)
         padded = torch.where(torch.cat([ids == 0, torch.ones(5, 4, dtype=torch.bool)], 1), pad_id, more)
         losses.append(sft.sft_loss(model, padded, torch.cat([mask, torch.zeros(5, 4, dtype=torch.long)], 1)).item())
-    assert losses == pytest.approx([sft.sft_loss(model, ids, mask).item()] * 3, rel=1e-6)
+    assert losses == pytest.approx([sft.sft_loss(model, ids, mask).item()] * 3, rel=1e-6), \
+        "padding is told from text by its id"
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 40, 150, 10**6])
@@ -205,7 +213,7 @@ def test_accumulation_equals_one_large_batch(micro_tokens):
         losses[-1].backward()
     assert len(losses) >= {1: 13, 40: 4, 150: 2, 10**6: 1}[micro_tokens]
     for a, b in zip(model.parameters(), whole.parameters()):
-        assert torch.allclose(a.grad, b.grad, atol=1e-6)
+        assert torch.allclose(a.grad, b.grad, atol=1e-6), "a mean of means: the parts have different numbers of tokens"
 
 
 def test_long_conversations_lose_their_oldest_turns_never_their_answer():
@@ -319,6 +327,7 @@ def test_adapters_are_saved_alone_and_load_as_a_model(base_folder, tmp_path):
     assert not torch.equal(weights(tmp_path), weights(base_folder))
 
 
+@pytest.mark.runs
 def test_recipes_are_defaults_that_flags_override():
     config = parse(sft.Config, sft.RECIPES, ["--recipe", "lima", "--batch-size", "8"])
     assert (config.epochs, config.lr, config.batch_size, config.dropout, config.max_tokens) == (15, 1e-5, 8, "0.0,0.3", 2048)

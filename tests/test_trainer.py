@@ -50,7 +50,8 @@ def test_micro_batches_hold_every_row_within_the_budget():
 def test_decay_on_matrices_only():
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
     matrices, vectors = trainer.adamw(model, TrainConfig(weight_decay=0.3)).param_groups
-    assert [p.dim() for p in matrices["params"]] == [2] and matrices["weight_decay"] == 0.3
+    assert [p.dim() for p in matrices["params"]] == [2] and matrices["weight_decay"] == 0.3, \
+        "biases and gains are decayed"
     assert [p.dim() for p in vectors["params"]] == [1, 1, 1] and vectors["weight_decay"] == 0.0
 
 

@@ -1,0 +1,17 @@
+"""pytest -m math: of the files of the math, the tests that write no folder and are not marked as `runs`."""
+import pytest
+
+MATH = {f"test_{name}" for name in ("model", "lora", "quant", "trainer", "sft", "reward", "dpo", "ppo", "pairs")}
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The other files are not even read: importing them takes longer than the math."""
+    if config.option.markexpr == "math" and collection_path.suffix == ".py" and collection_path.stem not in MATH:
+        return True
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        files = any(name.startswith("tmp_path") for name in item.fixturenames)
+        if item.path.stem in MATH and not files and not item.get_closest_marker("runs"):
+            item.add_marker(pytest.mark.math)
