@@ -12,6 +12,7 @@ import trainer
 from checkpoints import load
 from island import exam
 from island.world import Island, says
+from data import files
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.flags import check, parse
@@ -342,6 +343,22 @@ def test_it_learns_which_answer_is_better(start, tmp_path, settings, capfd):
         assert steps[0]["chosen_rewards"] < -1  # beta log pi, and not beta log pi/pi_ref = 0
     if not settings:
         assert steps[0]["loss"] == pytest.approx(math.log(2), abs=0.05)  # dropout is on, in the policy only
+
+
+@pytest.mark.parametrize("lost", ["ties", "too long"])
+def test_without_held_out_pairs_it_trains_and_says_that_nothing_can_be_measured(start, tmp_path, capfd, lost):
+    rows = [json.loads(line) for line in (start / "pairs.jsonl").read_text().splitlines()]
+    rows = [{"prompt": row["prompt"], "answers": [{"text": row["chosen"], "score": 1}, {"text": row["rejected"], "score": 0}]}
+            for row in rows]
+    held = files.hold_out([{"prompt": [says("user", row["prompt"])]} for row in rows], say=lambda line: None)[1]
+    for row in rows:
+        if [says("user", row["prompt"])] in [other["prompt"] for other in held]:
+            row["answers"][0] |= {"score": 0} if lost == "ties" else {"text": "yes " * 300}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    log = train(start, tmp_path, data=str(tmp_path / "rows.jsonl"))
+    said = capfd.readouterr().out
+    assert said.count("nothing can be measured") == 1 and "held-out pairs ranked right" not in said and "Next:" in said
+    assert len(log) == 8 and not any("held_out_loss" in line for line in log)
 
 
 def test_micro_batches_change_no_step(start, tmp_path):

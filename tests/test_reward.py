@@ -11,7 +11,7 @@ import reward
 import trainer
 from island.world import Island
 from island.words import FLATTERY
-from data import pairs
+from data import files, pairs
 from data.pairs import answered, load_ranked, make_pairs
 from data.tokenizer import get_tokenizer
 from common import plots
@@ -59,6 +59,8 @@ def test_bradley_terry_hand_worked():
     assert weighted == pytest.approx((3 * 0.3132617 + 0.9740770) / 4, abs=1e-6)
     assert bradley_terry_loss(chosen, chosen).item() == pytest.approx(math.log(2))
     assert bradley_terry_loss(chosen[:0], chosen[:0]).item() == 0
+    assert bradley_terry_loss(chosen, rejected, torch.zeros(2)).item() == 0
+    assert bradley_terry_loss(chosen, rejected, torch.tensor([3e-12, 1e-12])).item() == pytest.approx(weighted)
 
 
 def test_bradley_terry_gradient_is_minus_the_chance_of_being_wrong():
@@ -304,7 +306,8 @@ def test_accuracy_over_pairs_and_over_questions():
     scores = [[0.3, 0.2, 0.9], [0.0, 1.0], [4.0, 0.0]]
     assert reward.accuracy(rows, scores) == (2 / 4, (1 / 3 + 1) / 2, 4)
     assert reward.accuracy(rows_of([1, 0]), [[0.5, 0.5]]) == (0.0, 0.0, 1)  # a model that says nothing is not right
-    assert reward.accuracy(rows_of([1, 1]), [[0.5, 0.1]]) == (0.0, 0.0, 0)
+    micro, macro, n = reward.accuracy(rows_of([1, 1]), [[0.5, 0.1]])
+    assert math.isnan(micro) and math.isnan(macro) and n == 0  # 0 % would be a bad model
 
 
 def test_calibration_recovers_a_model_that_is_calibrated():
@@ -417,6 +420,24 @@ def test_resume_equals_the_uninterrupted_run(start_folder, tmp_path, monkeypatch
     monkeypatch.setattr(trainer.Log, "steps", steps)
     half = train(start_folder, tmp_path / "half", dropout="0.1", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), half.parameters()))
+
+
+def test_held_out_ties_measure_nothing(start_folder, tmp_path, capsys):
+    rows = [{"prompt": f"q{i}", "answers": [{"text": "yes", "score": 1}, {"text": "no", "score": 0}]} for i in range(40)]
+    held = files.hold_out([{"prompt": talk(row["prompt"], "")[:1]} for row in rows], say=lambda line: None)[1]
+    asked = [row["prompt"][0]["content"] for row in held]
+    for row in rows:
+        row["answers"][0]["score"] -= row["prompt"] in asked[1:]  # ties, all but one
+    for name, n in (("one", 1), ("none", 0)):
+        for row in rows:
+            row["answers"][0]["score"] -= row["prompt"] in asked[:1] and not n
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        train(start_folder, tmp_path / name, data=str(tmp_path / f"{name}.jsonl"), n_ranked=2000, steps=2, eval_every=1)
+        said = capsys.readouterr().out
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert said.count("nothing can be measured") == 1 - n and "Next:" in said
+        assert sum("accuracy" in line for line in log) == 2 * n and all(map(math.isfinite, log[-1].values()))
+        assert ("too weak" in said) <= n and ("predicted win rate" in said) == n
 
 
 def test_a_weak_model_says_so_and_a_picture_is_drawn_or_asked_for(start_folder, tmp_path, capsys):
