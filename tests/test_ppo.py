@@ -155,7 +155,7 @@ def test_explained_variance():
 # ---- a problem whose optimum is known --------------------------------------------------------------------------------
 
 def test_a_bandit_reaches_the_optimum_of_equation_4():
-    """One step, four actions: the maximiser of E[r] - beta KL is pi = pi_ref exp(r / beta) / Z (DPO's equation 4)."""
+    """One step, four actions: the maximiser of E[r] - beta KL is pi = pi_ref exp(r / beta) / Z (Rafailov et al. 2023, equation 4)."""
     reward, ref, beta = torch.tensor([1.0, 0.0, 0.5, -1.0]), torch.tensor([0.1, 0.4, 0.3, 0.2]), 0.5
     optimum = ref * torch.exp(reward / beta)
     optimum = optimum / optimum.sum()
