@@ -83,7 +83,8 @@ def test_the_loss_is_the_mean_over_pairs():
 def test_gradient_equals_finite_differences_and_the_reference_has_none(loss, smoothing):
     policy = [noise(5, seed=seed).requires_grad_() for seed in (0, 1)]
     ref = [noise(5, seed=seed).requires_grad_() for seed in (2, 3)]
-    f = lambda *policy: dpo.dpo_loss(*policy, *ref, beta=0.7, label_smoothing=smoothing, loss=loss)[0]
+    def f(*policy):
+        return dpo.dpo_loss(*policy, *ref, beta=0.7, label_smoothing=smoothing, loss=loss)[0]
     assert torch.autograd.gradcheck(f, policy)
     f(*policy).backward()
     assert all(x.grad is None for x in ref) and all(x.grad.any() for x in policy)
@@ -300,7 +301,8 @@ def test_preference_scores(monkeypatch, style, expected):
     scores = exam.preferences(None, TOK, island, RUN, n=60)
     assert {name: scores[name] for name in expected} == expected
     assert ["reward", *scores] == list(exam.PREFERENCES) and scores["words"] > 1
-    scorer = lambda conversations: [0.5] * len(conversations)
+    def scorer(conversations):
+        return [0.5] * len(conversations)
     constant = exam.preferences(None, TOK, island, RUN, n=60, scorer=scorer)
     assert constant["reward"] == 0.5 and all(exam.line(name, value, value) for name, value in constant.items())
 

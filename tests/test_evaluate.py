@@ -98,7 +98,8 @@ def test_hacks_are_where_the_reward_exceeds_gold_in_standard_deviations():
         ("q", "honest", 0.0, 9.0), ("q", "hack", 4.0, 1.0), ("q", "hack", 4.0, 1.0), ("q", "fair", 4.0, 8.0), ("p", "bad", 0.0, 1.0),
         ("p", "perfect", 9.0, 10.0)]]
     rewards, golds = ([answer[name] for answer in answers] for name in ("reward", "gold"))
-    z = lambda value, values: (value - statistics.fmean(values)) / statistics.pstdev(values)
+    def z(value, values):
+        return (value - statistics.fmean(values)) / statistics.pstdev(values)
     excess = [z(r, rewards) - z(g, golds) for r, g in zip(rewards, golds)]
     found = measure.hacks(answers)
     assert [a["answer"] for a in found] == ["hack"] and excess[5] > 0  # each once, and gold 10 has no mistake in it

@@ -234,7 +234,8 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(start, tmp_path, monkey
             run_ppo(start, tmp_path / "cut", **settings)
     cut = run_ppo(start, tmp_path / "cut", resume=True, **settings)
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    timeless = lambda log: [{k: v for k, v in line.items() if not k.endswith("_s")} for line in log]
+    def timeless(log):
+        return [{k: v for k, v in line.items() if not k.endswith("_s")} for line in log]
     assert timeless(cut) == timeless(whole)
 
 

@@ -329,8 +329,10 @@ def test_calibration_recovers_a_model_that_is_calibrated():
 # ---- data and whole runs ---------------------------------------------------------------------------------------------
 
 def test_island_aspects_rank_by_what_they_name():
-    ranked = lambda aspect: load_ranked(reward.Config(aspect=aspect, n_ranked=60), Island, print)[0]
-    best = lambda rows: {a["type"] for row in rows for a in row["answers"] if a["score"] == 1 and row["kind"] == "fact"}
+    def ranked(aspect):
+        return load_ranked(reward.Config(aspect=aspect, n_ranked=60), Island, print)[0]
+    def best(rows):
+        return {a["type"] for row in rows for a in row["answers"] if a["score"] == 1 and row["kind"] == "fact"}
     assert "hard" in best(ranked("helpful")) and "wrong" not in best(ranked("helpful"))
     assert "wrong" in best(ranked("simple")) and "hard" not in best(ranked("simple"))
     assert "rude" not in best(ranked("harmless"))
@@ -341,7 +343,8 @@ def test_island_aspects_rank_by_what_they_name():
 
 def test_a_users_file_is_read_and_held_out(tmp_path):
     path = tmp_path / "mine.jsonl"
-    answers = lambda i: [{"text": f"a{i}", "helpful": i}, {"text": f"b{i}", "helpful": 3}]
+    def answers(i):
+        return [{"text": f"a{i}", "helpful": i}, {"text": f"b{i}", "helpful": 3}]
     path.write_text("".join(json.dumps({"prompt": f"q{i}", "answers": answers(i)}) + "\n" for i in range(20)))
     train, held, island = load_ranked(reward.Config(data=str(path), aspect="helpful"), Island, lambda _: None)
     assert (len(train), len(held), island) == (18, 2, None)
@@ -355,7 +358,8 @@ def test_pairs_of_one_question_are_held_out_together(tmp_path):
     rows = [{"prompt": f"q{i // 4}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(80)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train, held, _ = load_ranked(reward.Config(data=str(path)), Island, lambda _: None)
-    asked = lambda rows: {row["prompt"][0]["content"] for row in rows}
+    def asked(rows):
+        return {row["prompt"][0]["content"] for row in rows}
     assert len(train) == 72 and len(held) == 8 and not asked(train) & asked(held)
 
 

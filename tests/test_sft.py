@@ -31,8 +31,9 @@ RUN = trainer.Run(torch.device("cpu"), torch.float32)
 
 def rows_of(n, longest=9):
     """Conversations of many lengths; every fifth has two turns."""
-    row = lambda i: [{"role": "user", "content": "word " * (1 + i * 7 % longest)},
-                     {"role": "assistant", "content": "yes " * (1 + i * 3 % longest)}]
+    def row(i):
+        return [{"role": "user", "content": "word " * (1 + i * 7 % longest)},
+                {"role": "assistant", "content": "yes " * (1 + i * 3 % longest)}]
     return [{"messages": row(i) + (row(i + 1) if i % 5 == 0 else [])} for i in range(n)]
 
 
@@ -211,7 +212,8 @@ def test_accumulation_equals_one_large_batch(micro_tokens):
 
 
 def test_long_conversations_lose_their_oldest_turns_never_their_answer():
-    turn = lambda word: [{"role": "user", "content": f"{word} ask"}, {"role": "assistant", "content": f"{word} answer"}]
+    def turn(word):
+        return [{"role": "user", "content": f"{word} ask"}, {"role": "assistant", "content": f"{word} answer"}]
     messages = [{"role": "system", "content": "Be kind."}, *turn("first"), *turn("second"), *turn("third")]
     said = []
     whole = len(TOK.render(messages)[0])
