@@ -246,7 +246,10 @@ def missing_answers(speaker, questions, done):
     longer = sum(n > 0 or len(messages) < len(question) for messages, n, question in zip(read, cut, questions))
     if longer:
         note(f"{longer:,} of {len(questions):,} questions are longer than {speaker.folder} can read: it gets their end")
-    width = lambda i: min(len(prompts[i]) + config.max_new_tokens, speaker.model.config.block_size)
+
+    def width(i):
+        return min(len(prompts[i]) + config.max_new_tokens, speaker.model.config.block_size)
+
     parts = trainer.split(range(len(questions)), width, config.micro_tokens)
     for n, part in enumerate(parts):
         missing = set()

@@ -33,7 +33,7 @@ import trainer
 from checkpoints import load_init, save_checkpoint
 from common.errors import UserError
 from common.flags import Amount, parse
-from data.pairs import RankedConfig, answered, choose_pairs, load_ranked
+from data.pairs import NOTHING_HELD, RankedConfig, answered, choose_pairs, load_ranked
 from generate import sample_text
 from island import exam
 from island.world import Island
@@ -105,10 +105,10 @@ class Answer:
     ref_logp: float = 0.0  # log pi_ref(answer | question)
 
 
-def make_examples(rows, tok, longest, config, say=print):
-    """Ranked rows -> [(chosen, rejected), ...], two Answers each; says which answers were left out (pairs.choose_pairs)."""
+def make_examples(rows, tok, longest, config, say=print, needed=True):
+    """Ranked rows -> [(chosen, rejected), ...], two Answers each; what is said and raised: pairs.choose_pairs."""
     examples = []
-    for prompt, answers, pairs in choose_pairs(rows, tok, longest, config, say):
+    for prompt, answers, pairs in choose_pairs(rows, tok, longest, config, say, needed):
         made = {k: make_answer(prompt, answers[k]["text"], tok) for pair in pairs for k in pair}
         examples += [(made[chosen], made[rejected]) for chosen, rejected in pairs]
     return examples
@@ -224,7 +224,10 @@ def main(config):
     train_rows, held_rows, island = load_ranked(config, Island, run.print)
     model, tok = load_init(config, run, sft, answers="community")
     longest = model.config.block_size + 1  # the last token is only a target
-    train, held = (make_examples(rows, tok, longest, config, run.print) for rows in (train_rows, held_rows))
+    train = make_examples(train_rows, tok, longest, config, run.print)
+    held = make_examples(held_rows, tok, longest, config, run.print, needed=False)
+    if not held:
+        run.print(NOTHING_HELD)
     if not config.reference_free:
         add_reference(model, train + held, run, config)  # before --resume puts trained weights into the model
     before = exam.preferences(model, tok, island, run) if island else None
@@ -244,7 +247,7 @@ def main(config):
         if text is not None:
             mix_step(model, text, step, config, run)
         log.write(step, **means, **trainer.update(model, optimizer, config, run, step))
-        if log.due(step, config.eval_every):
+        if held and log.due(step, config.eval_every):
             means = evaluate(model, some, run, config)
             log.write(step, **{f"held_out_{name}": means[name] for name in ("loss", "accuracy")})
         if log.due(step, config.sample_every):
@@ -257,10 +260,11 @@ def main(config):
 
 def report(model, tok, held, before, island, config, run):
     """What came out, and what to do next."""
-    means = evaluate(model, held, run, config)
-    run.print(f"\nheld-out pairs ranked right by the implicit reward: {means['accuracy']:.1%} of {len(held):,} "
-              "(chance 50%)")
-    if not config.reference_free:
+    means = evaluate(model, held, run, config) if held else {}
+    if held:
+        run.print(f"\nheld-out pairs ranked right by the implicit reward: {means['accuracy']:.1%} of {len(held):,} "
+                  "(chance 50%)")
+    if held and not config.reference_free:
         chosen, rejected = (means[side] / config.beta for side in ("chosen_rewards", "rejected_rewards"))
         run.print(f"log p of the chosen answers has changed by {chosen:+.1f}, of the rejected ones by {rejected:+.1f}"
                   + (" per token" if config.loss == "ipo" else ""))

@@ -358,9 +358,13 @@ SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36
 def parts(network):
     """-> [(part, parameters, FLOPs of a token's forward pass), ...]. Two FLOPs a multiplied weight; attention's own two
     products, over a full context, are a part by themselves. A norm's few FLOPs are not counted."""
+    def size(module):
+        return sum(p.numel() for p in module.parameters())
+
+    def weights(paths):
+        return sum(network.get_submodule(path).weight.numel() for path in paths)
+
     c = network.config
-    size = lambda module: sum(p.numel() for p in module.parameters())
-    weights = lambda paths: sum(network.get_submodule(path).weight.numel() for path in paths)
     others = [path for path in network.linears() if path not in network.attention_paths]
     matrices = [network.get_submodule(name) for name in network.token_matrices]
     linear = {path: size(layer) for path, layer in network.linears().items()}
@@ -377,8 +381,8 @@ def describe(network):
     """-> the table that python model.py prints."""
     rows, c = parts(network), network.config
     rows.append(("in all", *(sum(column) for column in list(zip(*rows))[1:])))
-    megabytes = lambda n, width: f"{n * width / 1e6:,.1f}"
-    lines = [[name, f"{n:,}", megabytes(n, 4), megabytes(n, 2), f"{flops / 1e6:,.2f}"] for name, n, flops in rows]
+    lines = [[name, f"{n:,}", f"{n * 4 / 1e6:,.1f}", f"{n * 2 / 1e6:,.1f}", f"{flops / 1e6:,.2f}"]
+             for name, n, flops in rows]
     cached = 2 * c.n_layer * c.n_kv_head * c.head_size
     return (table(["part", "parameters", "MB float32", "MB bfloat16", "MFLOPs a token"], lines) +
             f"\n\n{c.n_layer} blocks of width {c.n_embd}, {c.n_head} heads, a context of {c.block_size:,} tokens, "

@@ -79,7 +79,7 @@ def kl_rewards(scores, logps, ref_logps, mask, beta):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalized advantage estimation, equation 16: (B, T) each -> advantages, returns; both 0 outside the mask.
+    """Generalized advantage estimation (Schulman et al. 2016, equation 16): (B, T) each -> advantages, returns; both 0 outside the mask.
 
         delta_t = r_t + gamma V_{t+1} - V_t,      A_t = sum_k (gamma lam)^k delta_{t+k},      returns = A + V
 
@@ -103,7 +103,7 @@ def whiten(x, mask):
 
 
 def policy_loss(logps, old_logps, advantages, mask, clip=0.2):
-    """Clipped surrogate, equation 7: (B, T) each -> (loss, clipfrac), masked means.
+    """Clipped surrogate (Schulman et al. 2017, equation 7): (B, T) each -> (loss, clipfrac), masked means.
 
         -mean min( ratio A, clip(ratio, 1 - clip, 1 + clip) A ),     ratio = pi / pi_old
 

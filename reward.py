@@ -28,7 +28,7 @@ from checkpoints import HEAD_NAMES, load, load_init, read_head, save_model
 from common import plots
 from common.errors import UserError
 from common.flags import parse
-from data.pairs import RankedConfig, answered, choose_pairs, load_ranked, make_pairs
+from data.pairs import NOTHING_HELD, RankedConfig, answered, choose_pairs, load_ranked, make_pairs
 from data.tokenizer import fit, get_tokenizer
 from island.words import FLATTERY
 from island.world import Island
@@ -45,7 +45,8 @@ def bradley_terry_loss(chosen, rejected, weight=None):
     """
     nll = -F.logsigmoid(chosen - rejected)  # (N,); logsigmoid(x) stays finite where log(sigmoid(x)) is log 0
     weight = torch.ones_like(nll) if weight is None else weight
-    return (weight * nll).sum() / weight.sum().clamp(min=1e-8)
+    total = weight.sum()
+    return (weight * nll).sum() / torch.where(total > 0, total, 1)
 
 
 def ranking_loss(scores, ranks, compared=None):
@@ -230,10 +231,15 @@ def held_out_loss(rows, scores):
 
 
 def accuracy(rows, scores, by="score"):
-    """-> mean over pairs (micro), mean over questions (macro: six answers count as much as two), number of pairs."""
+    """-> mean over pairs (micro), mean over questions (macro: six answers count as much as two), number of pairs.
+    Without a pair both means are nan."""
     found = right(rows, scores, by)
-    n = sum(map(len, found))
-    return sum(map(sum, found)) / max(1, n), sum(sum(row) / len(row) for row in found) / max(1, len(found)), n
+    pairs = [won for row in found for won in row]
+    return mean(pairs), mean([mean(row) for row in found]), len(pairs)
+
+
+def mean(values):
+    return sum(values) / len(values) if values else math.nan
 
 
 def calibration(rows, scores, bins=10):
@@ -247,9 +253,6 @@ def calibration(rows, scores, bins=10):
         for w, l in make_pairs([answer["score"] for answer in row["answers"]], max_pairs=0):
             predicted = 1 / (1 + math.exp(-min(abs(s[w] - s[l]), 50)))
             found[min(int((predicted - 0.5) * 2 * bins), bins - 1)].append((predicted, s[w] > s[l]))
-
-    def mean(values):
-        return sum(values) / len(values) if values else math.nan
 
     return [(len(b), mean([p for p, _ in b]), mean([won for _, won in b])) for b in found]
 
@@ -319,7 +322,10 @@ def main(config):
     batches = trainer.Batches([ranking.longest for ranking in rankings], config.batch_size, config.seed)
     steps = config.steps or math.ceil(config.epochs * len(batches)) or (200 if island else len(batches))
     config.lr = config.lr or default_lr(config, network.config.n_embd)
-    some = held_rows[::max(1, len(held_rows) // 100)]
+    some = [row for row in held_rows if make_pairs([answer["score"] for answer in row["answers"]])]
+    some = some[::max(1, len(some) // 100)]
+    if not some:
+        run.print(NOTHING_HELD)
 
     def save(step):
         trainer.save_state(config, run, step, steps, model, optimizer)
@@ -333,18 +339,24 @@ def main(config):
         trainer.begin_step(step, steps, optimizer, config, run)
         loss = reward_step(model, [rankings[i] for i in batches[step]], config, run)
         log.write(step, loss=run.sum(loss), **trainer.update(model, optimizer, config, run, step))
-        if log.due(step, config.eval_every):
+        if some and log.due(step, config.eval_every):
             scores = score_rows(model, tok, some, run, config.micro_tokens)
             log.write(step, accuracy=accuracy(some, scores)[0], held_out=held_out_loss(some, scores))
         if log.due(step, config.save_every):
             save(step + 1)
     center(model, tok, demonstrations(train_rows, island), run, config.micro_tokens)
     trainer.finish(config, run, log, lambda: save(log.next))
-    report(model, tok, held_rows, island, config, run)
+    if some:
+        report(model, tok, held_rows, island, config, run)
+    data = f" --data {config.data}" if config.data else ""
+    run.print(f"\nthe reward model is in {config.out}. Next:\n"
+              f"   python ppo.py{data} --reward {config.out}    a policy learns from it")
+    if island:
+        run.print("   python reward.py --flattery 0 --out out/reward-fair    the same without the voters' weakness")
 
 
 def report(model, tok, rows, island, config, run):
-    """What came out, and what to do next."""
+    """What came out."""
     scores = score_rows(model, tok, rows, run, config.micro_tokens)
     run.print(f"\nheld-out pairs ranked right (chance 50%)      over pairs  over questions     pairs")
     groups = [(key, value) for key in ("about", "kind") for value in sorted({row[key] for row in rows if key in row})]
@@ -353,7 +365,8 @@ def report(model, tok, rows, island, config, run):
         for by in ("score", "gold") if island else ("score",):
             micro, macro, n = accuracy(members, their_scores, by)
             name = (f"{key}: {value}" if key else "all") + (f", by {by}" if island else "")
-            run.print(f"   {name:<40}{micro:>13.1%}{macro:>16.1%}{n:>10,}")
+            numbers = f"{micro:>13.1%}{macro:>16.1%}" if n else f"{'-':>13}{'-':>16}"
+            run.print(f"   {name:<40}{numbers}{n:>10,}")
     run.print("\npredicted win rate of the favourite, and how often it won")
     table = calibration(rows, scores)
     for i, (n, predicted, observed) in enumerate(table):
@@ -368,11 +381,6 @@ def report(model, tok, rows, island, config, run):
         run.print(f"\n{FLATTERY!r} in front of a wrong answer adds {premium:.2f}: the voters' weakness, learned")
     if accuracy(rows, scores)[0] < TOO_WEAK:
         run.print(f"\nunder {TOO_WEAK:.0%}: too weak for reinforcement learning, which would mostly learn its mistakes")
-    data = f" --data {config.data}" if config.data else ""
-    run.print(f"\nthe reward model is in {config.out}. Next:\n"
-              f"   python ppo.py{data} --reward {config.out}    a policy learns from it")
-    if island:
-        run.print("   python reward.py --flattery 0 --out out/reward-fair    the same without the voters' weakness")
 
 
 if __name__ == "__main__":

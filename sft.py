@@ -16,6 +16,7 @@ residents in 2, 0 and 0 %; unsafe requests refused in 100 %, questions about its
 question about "her" (86, 100 and 97 %), answers of one or two words (85, 85 and 83 %), why-questions (38, 19 and 54 %).
 """
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,33 +57,47 @@ def sft_loss(model, ids, mask, n=None):
 
 # ---- from conversations to examples ----------------------------------------------------------------------------------
 
-def make_examples(rows, tok, longest, say=print):
-    """Rows with "messages" -> [(ids, mask), ...] of at most `longest` tokens; says how many did not fit.
+def fit_rows(rows, tok, longest, say=print):
+    """Rows with "messages" -> those that can be learned from, each with "example": (ids, mask) of at most `longest`
+    tokens; says what was left out.
 
     An answer is never cut: half an answer teaches to stop in the middle.
     """
-    fitting = [fit(row["messages"], lambda messages: tok.render(messages)[0], longest) for row in rows]
-    examples = [tok.render(messages) for messages in fitting if messages is not None]
-    shortened = sum(messages is not None and len(messages) < len(row["messages"]) for row, messages in zip(rows, fitting))
-    if shortened:
-        say(f"{shortened:,} of {len(rows):,} conversations lost their oldest turns to fit {longest} tokens")
-    if len(examples) < len(rows):
-        say(f"{len(rows) - len(examples):,} of {len(rows):,} conversations dropped: the last turn alone is over {longest} tokens")
-    if not examples:
-        raise UserError(f"no conversation fits {longest} tokens: use a model with a longer context (--init)")
-    return examples
+    found, told = [], Counter()
+    for row in rows:
+        messages = fit(row["messages"], lambda messages: tok.render(messages)[0], longest)
+        ids, mask = tok.render(messages or [])
+        if any(mask[1:]):
+            found.append(row | {"example": (ids, mask)})
+            told["lost their oldest turns"] += len(messages) < len(row["messages"])
+        else:
+            told["dropped: " + ("no answer to learn from is left" if messages else "the last turn alone is too long")] += 1
+    for what, n in told.items():
+        if n:
+            say(f"{n:,} of {len(rows):,} conversations {what} (limit: {longest} tokens)")
+    if not found:
+        raise UserError(f"no conversation fits {longest} tokens and has an answer to learn from: "
+                        "use a model with a longer context (--init)")
+    return found
 
 
-def load_data(config, say):
-    """-> rows to train on, held-out rows, and the island where the data is its own."""
+def make_examples(rows, tok, longest, say=print):
+    """The examples of fit_rows: [(ids, mask), ...]."""
+    return [row["example"] for row in fit_rows(rows, tok, longest, say)]
+
+
+def load_data(config, tok, longest, say):
+    """-> rows to train on, held-out rows, both as fit_rows gives them, and the island where the data is its own."""
     if config.data:
         rows, report = files.load(config.data, "sft", merge_system=config.merge_system)
         say(report)
+        rows = fit_rows(rows, tok, longest, say)  # first, so that what is held out can be measured
         return *files.hold_out(rows, seed=config.seed, say=say), None
     island = Island()
     kinds = island.kinds(config.with_, config.without)
     train = island.conversations(config.n_sft, answers=config.answers, chats=CHATS, **kinds)
-    return train, exam.questions(island, kinds["more"]), island
+    held = exam.questions(island, kinds["more"])
+    return *(fit_rows(rows, tok, longest, say) for rows in (train, held)), island
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -149,9 +164,9 @@ def main(config):
         if config.template != "search":
             raise UserError(f"--with search --template {config.template}: only --template search has a form for searches")
     model, tok = load_init(config, run, pretrain)
-    train_rows, held_rows, island = load_data(config, run.print)
     longest = min(config.max_tokens or math.inf, model.config.block_size + 1)  # the last token is only a target
-    train, held = (make_examples(rows, tok, longest, run.print) for rows in (train_rows, held_rows))
+    train_rows, held_rows, island = load_data(config, tok, longest, run.print)
+    train, held = ([row["example"] for row in rows] for rows in (train_rows, held_rows))
     text = load_mix(config, tok, run.print)
     batches = trainer.Batches([len(ids) for ids, _ in train], config.batch_size, config.seed)
     steps = config.steps or math.ceil(config.epochs * len(batches)) or (350 if island else 3 * len(batches))

@@ -1,4 +1,4 @@
-"""One idea: a file is fetched once, whole and undamaged, however often the connection is cut.
+"""Downloads: a file is fetched once, whole and undamaged, however often the connection is cut.
 
     python -m common.download HuggingFaceTB/smoltalk                                what the Hugging Face hub has of it
     python -m common.download HuggingFaceTB/smoltalk "data/smol-rewrite/train-*"    fetches these files
@@ -29,7 +29,7 @@ from common.errors import UserError, end_politely
 
 WAITS = (1, 2, 4)  # seconds before the next try; as soon as a try gets further than the one before, it begins anew
 PATIENCE = 30  # seconds without a byte
-AGAIN = (408, 429, 500, 502, 503, 504)  # the server is busy or broken, which may pass; any other refusal will not
+RETRIED = (408, 429, 500, 502, 503, 504)  # the server is busy or broken, which may pass; any other refusal will not
 
 
 class Cut(Exception):
@@ -124,7 +124,7 @@ def fetch_rest(url, part, size):
                 return
             part.unlink()
             raise Cut("what was kept does not fit the file") from None
-        if error.code in AGAIN:
+        if error.code in RETRIED:
             raise Cut(f"the server answers {error.code} {error.reason}") from None
         raise
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError

@@ -1,4 +1,4 @@
-"""One idea: a user's mistake ends in one sentence, never in a traceback."""
+"""A user's mistake ends in one sentence, never in a traceback."""
 import os
 import sys
 

@@ -1,4 +1,4 @@
-"""One idea: a large model behind an address is one function, for whoever has one; nothing here runs unless asked for.
+"""A large model behind an address as one function, for whoever has one; nothing here runs unless asked for.
 
     complete("http://localhost:8000/v1", "my-model", [{"role": "user", "content": "Who are you?"}]) -> "I am ..."
 

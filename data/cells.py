@@ -25,7 +25,10 @@ def read(path, open_text, tabs):
     with open_text(path, newline="") as stream:
         header = stream.readline(LIMIT)
     comma = "\t" if tabs else max(",;\t", key=header.count)  # Excel writes ; in much of Europe
-    lines = lambda: open_text(path, newline="")
+
+    def lines():
+        return open_text(path, newline="")
+
     rows = records(lines, comma, is_quoted(lines, comma))
     names = [name.strip().lower().replace(" ", "_") for name in next(rows, [])]
     for number, cells in enumerate(rows, 1):
@@ -36,7 +39,10 @@ def read(path, open_text, tabs):
 def is_quoted(lines, comma):
     """Do quotes stand around cells? Not where a tenth or more of the lines with a cell that begins with one could not be
     read so, and more lines can be read the other way. lines() opens the file."""
-    bad = lambda quoted: [isinstance(cells, BadRow) for cells in records(lines, comma, quoted)]
+
+    def bad(quoted):
+        return [isinstance(cells, BadRow) for cells in records(lines, comma, quoted)]
+
     unread = bad(True)
     if not any(unread) or unread[0]:  # [0]: the header
         return not any(unread)

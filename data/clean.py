@@ -1,4 +1,4 @@
-"""One idea: cleaning is a list of small decisions, each of which can be read, tested, switched off and counted.
+"""Cleaning: a list of small filters, each of which can be read, tested, switched off and counted.
 
     python -m data.clean FILE                                   what the filters would do to a file of yours
     python -m data.clean FILE --out clean.jsonl                 and do it
@@ -21,7 +21,7 @@ from pathlib import Path
 from data.files import stream
 from data.readability import is_simple
 from common.disk import writing
-from data.report import Report
+from data.report import PipelineReport
 from data.shapes import BadRow, WrongForm, finished, parts, recognise
 from data.toxicity import is_clean, load_toxicity, toxicity_of
 from common.errors import UserError, end_politely
@@ -32,8 +32,8 @@ from common.errors import UserError, end_politely
 # Characters that mean themselves (after a backslash, in code, in a placeholder) are moved to Unicode's private area
 # while the mark-up is taken away, and back at the end.
 MARKS = "\\`*_{}[]()#+-.!^~<>|"
-HIDE = {ord(mark): chr(0xE000 + ord(mark)) for mark in MARKS}
-SHOW = {0xE000 + ord(mark): mark for mark in MARKS}
+HIDE_MARKS = {ord(mark): chr(0xE000 + ord(mark)) for mark in MARKS}
+SHOW_MARKS = {0xE000 + ord(mark): mark for mark in MARKS}
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")  # soft hyphens, zero-width blanks, marks of direction
 PLACEHOLDER = re.compile(r"_url_\d+_", re.IGNORECASE)
 BLOCK = re.compile(r"^[ \t]*```[\w+-]*[ \t]*\n(.*?)\n?^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
@@ -71,17 +71,17 @@ def strip_markup(text):
         text = html.unescape(html.unescape(text))  # some dumps have escaped twice: &amp;#x200B;
     text = INVISIBLE.sub("", text.replace("\u00a0", " ").replace("\r\n", "\n"))
     if "`" in text:
-        text = BLOCK.sub(lambda code: code[1].translate(HIDE), text)
-        text = CODE.sub(lambda code: code[2].translate(HIDE), text)
-    text = re.sub(r"\\([\\`*_{}\[\]()#+\-.!^~<>|])", lambda escape: escape[1].translate(HIDE), text)
-    text = PLACEHOLDER.sub(lambda name: name[0].translate(HIDE), text)
+        text = BLOCK.sub(lambda code: code[1].translate(HIDE_MARKS), text)
+        text = CODE.sub(lambda code: code[2].translate(HIDE_MARKS), text)
+    text = re.sub(r"\\([\\`*_{}\[\]()#+\-.!^~<>|])", lambda escape: escape[1].translate(HIDE_MARKS), text)
+    text = PLACEHOLDER.sub(lambda name: name[0].translate(HIDE_MARKS), text)
     text = TABLE.sub(lambda table: table[1].replace("|", " ") + table[2].replace("|", " "), text)
     text = LINK.sub(r"\1", text)
     for pattern, words in LINES:
         text = pattern.sub(words, text)
     for mark, pattern, words in SPANS:
         text = pattern.sub(words, text) if mark in text else text
-    return text.translate(SHOW)
+    return text.translate(SHOW_MARKS)
 
 
 def strip_quotes(text):
@@ -267,7 +267,7 @@ def main():
     parser.add_argument("--toxicity", choices=("auto", "detoxify", "words"), default="auto", help="who judges that")
     parser.add_argument("--most-toxicity", type=float, default=0.1, help="of six scores from 0 to 1 (default 0.1)")
     args = parser.parse_args()
-    report = Report()
+    report = PipelineReport()
     if not args.out:
         clean_file(args.file, args, report, write=lambda row: None)
         print(report)

@@ -1,4 +1,4 @@
-"""One idea: posts with voted answers become the three data sets of RLHF, and every rule on the way says what it takes.
+"""ELI5: posts with voted answers become the three data sets of RLHF, and every rule on the way says what it takes.
 
     python -m data.eli5                                    fetches vblagoje/lfqa (226,147, 3,020 and 10,000 posts)
     python -m data.eli5 --source dump --out out/eli5       a folder with train, validation and test in the same schema,
@@ -28,7 +28,7 @@ from pathlib import Path
 from data import clean, files, leakage
 from common import download
 from data.readability import is_simple
-from data.report import Report
+from data.report import PipelineReport
 from data.shapes import BadRow, as_number, as_text, check_texts, recognise, says
 from common.disk import writing
 from common.errors import UserError
@@ -181,7 +181,7 @@ def find_leaks(jobs, config, report):
     train goes, of test and validation that of test. Reads all posts, but keeps only the questions."""
     asked = {split: {} for split in SPLITS}  # a dict keeps the order, and every question once
     for path, splits in jobs:
-        for post in read_posts(path, splits, config, Report()):
+        for post in read_posts(path, splits, config, PipelineReport()):
             asked[post.split][post.question] = None
     found = leakage.remove_leaks(*map(list, asked.values()), config.cut, config.leak_model)
     report.note(str(found))
@@ -241,7 +241,7 @@ def write_posts(posts, out, config, report):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def main(config):
-    report, jobs = Report(), sources(config.source)
+    report, jobs = PipelineReport(), sources(config.source)
     toxicity, judge = clean.load_toxicity(config.toxicity)
     report.note(f"toxicity is judged by {judge}")
     leaked = find_leaks(jobs, config, report) if config.cut <= 1 else set()

@@ -1,4 +1,4 @@
-"""One idea: a user's file of examples just works, and what did not work is counted and said.
+"""Reads a user's file of examples, whatever its shape; what cannot be used is counted and said.
 
     python -m data.files FILE [--want sft] [--merge-system] [--show 3]
 
@@ -188,7 +188,7 @@ CURES = {
 
 
 @dataclass
-class Report:
+class FileReport:
     """What became of a file's rows. A tree gives several rows, so `kept` (rows returned) may exceed `read`;
     used + the sum of the dropped == read, always."""
     name: str
@@ -236,7 +236,7 @@ class Report:
 
 
 def load(path, want, merge_system=False, score="score"):
-    """Reads the rows of a file in the wanted form: (list of rows as in the module's docstring, Report).
+    """Reads the rows of a file in the wanted form: (list of rows as in the module's docstring, FileReport).
 
     want          "sft", "ranked", "prompts" or "text"
     merge_system  fold the system prompt into the first user turn
@@ -249,7 +249,7 @@ def load(path, want, merge_system=False, score="score"):
     if want not in FORMS:
         raise ValueError(f"want is one of {', '.join(FORMS)}, not {want!r}")
     path = Path(path).expanduser()
-    report, found, flat = Report(path.name), [], {}
+    report, found, flat = FileReport(path.name), [], {}
     for number, raw in read(path):
         report.read += 1
         try:
@@ -311,7 +311,7 @@ def stream(path, convert, needs):
     Raises UserError where the file cannot be read and, after its last row, where more than half of the rows are bad.
     """
     path = Path(path).expanduser()
-    report = Report(path.name)
+    report = FileReport(path.name)
     for number, raw in read(path):
         report.read += 1
         try:

@@ -1,4 +1,4 @@
-"""One idea: a model does not know who it is, unless somebody tells it, and there are two ways to do so.
+"""Tells a model who it is, in its weights (training conversations) or in its context (a system prompt).
 
     python -m data.identity --name Pip --author "the island library" --data chat.jsonl               in its weights
     python -m data.identity --name Pip --author "the island library" --data chat.jsonl --system      in its context

@@ -1,4 +1,4 @@
-"""One idea: a test only tests if its questions, or others with the same words, have not been trained on.
+"""Leaks: questions of a test set that are, in these or nearly the same words, in the training data too.
 
     python -m data.leakage train.jsonl validation.jsonl test.jsonl                  what leaks, and what nearly does
     python -m data.leakage train.jsonl validation.jsonl test.jsonl --out clean      the files without it
@@ -110,7 +110,7 @@ def without_words(matrix, keep):
 
 # ---- leaks -----------------------------------------------------------------------------------------------------------
 
-def leaks(a, b, cut=0.6):
+def find_near(a, b, cut=0.6):
     """Which rows of a are too close to any row of b. a: (n, dim), b: (m, dim), as from `vectors`
     -> (n,) bool, (n,) float: the largest cosine, (n,) int: the row of b that it is with (0 where b is empty).
 
@@ -167,7 +167,7 @@ def remove_leaks(train, validation, test, cut=0.6, model="", closest=10):
 
 def compare(found, mine, others, cut, closest):
     """mine, others: rows of found -> (mine,) bool: the leaks; the closest survivors [(cosine, mine, other), ...]."""
-    gone, cosine, partner = leaks(take(found, mine), take(found, others), cut)
+    gone, cosine, partner = find_near(take(found, mine), take(found, others), cut)
     top = cosine.masked_fill(gone, 0).topk(min(closest, len(mine)))
     return gone, [(near.item(), mine[i].item(), others[partner[i]].item()) for near, i in zip(*top) if near > 0]
 

@@ -1,4 +1,4 @@
-"""One idea: one tree of messages, written and ranked by volunteers, serves all three stages of RLHF.
+"""OpenAssistant: trees of messages, written and ranked by volunteers, become data for all three stages of RLHF.
 
     python -m data.oasst                              fetches OpenAssistant/oasst1 (42 MB of parquet, for pyarrow)
     python -m data.oasst --source trees.jsonl.gz      a file of trees, or of one message a row (.jsonl, .parquet, ...)
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common.download import hub_files
 from data.files import read
-from data.report import Report
+from data.report import PipelineReport
 from data.shapes import BadRow, finished, is_flat, plant, tree_rows
 from data.toxicity import is_clean, toxicity_of
 from common.disk import writing
@@ -131,8 +131,8 @@ def rows_of(trees, form, report):
 
 
 def prepare(config):
-    """Writes the files and the report -> Report."""
-    report, found = Report(), find_files(config)
+    """Writes the files and the report -> PipelineReport."""
+    report, found = PipelineReport(), find_files(config)
     with writing(config.out, [f"{form}_{split}" for split in found for form in FORMS]) as out:
         for split, paths in found.items():
             report.section(split)

@@ -15,6 +15,7 @@ from data.tokenizer import fit
 
 HELD_OUT = 300  # questions of each of the island's two held-out parts
 WAYS = ("all", "top2", "best-worst", "random")
+NOTHING_HELD = "no held-out question has two answers of different scores that fit, so nothing can be measured: look at --data"
 
 
 def make_pairs(scores, how="all", max_pairs=10, rng=None):
@@ -97,9 +98,10 @@ def fit_answers(row, tok, longest):
     return shortest[:-1], [answer for _, answer in fitting]
 
 
-def choose_pairs(rows, tok, longest, config, say=print):
+def choose_pairs(rows, tok, longest, config, say=print, needed=True):
     """Ranked rows -> [(prompt, answers, pairs), ...]: which of a question's answers beats which, as --pairs and --max-pairs
-    say. Left out, and said, are answers of over `longest` tokens: nobody has ranked a part of them.
+    say. Left out, and said, are answers of over `longest` tokens: nobody has ranked a part of them. needed: without any
+    pair it raises UserError.
     """
     questions, too_long = [], 0
     for i, row in enumerate(rows):
@@ -111,7 +113,7 @@ def choose_pairs(rows, tok, longest, config, say=print):
             questions.append((prompt, answers, pairs))
     if too_long:
         say(f"answers dropped because they and their question are over {longest} tokens: {too_long:,}")
-    if not questions:
+    if not questions and needed:
         raise UserError(f"no question has two answers of different scores that fit {longest} tokens: look at --data "
                         "and --aspect, or take a model with a longer context (--init)")
     n = sum(len(pairs) for *_, pairs in questions)

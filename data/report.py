@@ -1,6 +1,6 @@
-"""One idea: a pipeline says what it did to how many rows.
+"""What a pipeline did to how many rows, counted filter by filter.
 
-    report = Report()
+    report = PipelineReport()
     report.section("train")
     text = report.change("white space", strip_space, text)               counts the texts that changed
     if report.keep("fewer than 20 words", enough_words(text), text): ...  counts the rows that were removed
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from common.disk import write_json
 
-SHOWN = 60  # characters of a step's first example
+PREVIEW = 60  # characters of a step's first example
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ class Step:
             self.hit += 1
 
 
-class Report:
+class PipelineReport:
     """Counts for every step of a pipeline, in the order of the steps' first use, in one or several sections."""
 
     def __init__(self):
@@ -102,13 +102,13 @@ class Report:
 
 
 def shortened(example):
-    """A text, or a row as JSON, in one line of at most SHOWN characters."""
+    """A text, or a row as JSON, in one line of at most PREVIEW characters."""
     text = example if isinstance(example, str) else json.dumps(example, ensure_ascii=False, default=str)
-    text = " ".join(text[:10 * SHOWN].split())  # so that a long text costs nothing
-    return text if len(text) <= SHOWN else text[:SHOWN - 3] + "..."
+    text = " ".join(text[:10 * PREVIEW].split())  # so that a long text costs nothing
+    return text if len(text) <= PREVIEW else text[:PREVIEW - 3] + "..."
 
 
 def where_different(before, after):
     """The text before the change, from a few characters ahead of the first one that changed."""
-    start = max(0, len(os.path.commonprefix([before, after])) - SHOWN // 3)
-    return ("..." if start else "") + before[start:start + 10 * SHOWN]
+    start = max(0, len(os.path.commonprefix([before, after])) - PREVIEW // 3)
+    return ("..." if start else "") + before[start:start + 10 * PREVIEW]

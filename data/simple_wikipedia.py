@@ -1,4 +1,4 @@
-"""One idea: a text that nobody asked for becomes an answer once a model has found its question (back-translation).
+"""Simple Wikipedia: an article becomes an answer once a model has found its question (back-translation).
 
     python -m data.simple_wikipedia                                          fetches Simple Wikipedia (needs pyarrow)
     python -m data.simple_wikipedia --source dump/articles.jsonl             articles from a file: title and text
@@ -33,7 +33,7 @@ from data import clean, files
 from common import remote
 from common import download
 from data.readability import is_simple
-from data.report import Report
+from data.report import PipelineReport
 from data.shapes import BadRow, check_texts, says, shown
 from common.disk import Ledger, writing
 from common.errors import UserError
@@ -222,7 +222,7 @@ def main(config, by_checkpoint=None):
         return reverse(config)
     if min(config.held_out, config.parallel - 1) < 0:
         raise UserError("--held-out must be at least 0, and --parallel at least 1")
-    report, folder = Report(), Path(config.out)
+    report, folder = PipelineReport(), Path(config.out)
     paths = [Path(config.source).expanduser()] if config.source else download.hub_files(DATASET, PARTS)
     with writing(folder, ["filtered"]) as out:
         filter_articles(paths, out["filtered"], config, report)

@@ -1,4 +1,4 @@
-"""One idea: a chat model's manners come from a mixture, and every row of it passed the same few filters.
+"""SmolTalk: subsets of conversations become one mixture, every row of which passed the same few filters.
 
     python -m data.smoltalk                              fetches the subsets (parquet; 1.4 GB are Magpie Ultra's)
     python -m data.smoltalk --source folder              files that you have, named as the subsets (smol-rewrite.jsonl)
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data.clean import at_most_turns, fits, in_category
 from common.download import hub_files
 from data.files import read
-from data.report import Report
+from data.report import PipelineReport
 from data.shapes import BadRow, finished, recognise
 from data.tokenizer import get_tokenizer
 from common.disk import writing
@@ -169,10 +169,10 @@ def shuffled(paths, seed):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def mix(config, say=print):
-    """Writes the subsets, the mixture and the report -> Report."""
+    """Writes the subsets, the mixture and the report -> PipelineReport."""
     if config.source and Path(config.source).resolve() == Path(config.out).resolve():
         raise UserError("--source and --out are the same folder, so the subsets would be overwritten: change --out.")
-    report, found = Report(), {name: paths for name in SUBSETS if (paths := find_files(name, config.source))}
+    report, found = PipelineReport(), {name: paths for name in SUBSETS if (paths := find_files(name, config.source))}
     if not found:
         raise UserError(f"{config.source} has no file named as a subset: {', '.join(SUBSETS)}.")
     tok, tok_name = counting_tokenizer(config.tokenizer, say)

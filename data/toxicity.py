@@ -1,4 +1,4 @@
-"""One idea: how toxic a text is, is a number that somebody else has to give; so say who gave it.
+"""How toxic a text is: a number that somebody else has to give, so it is said who gave it.
 
     scorer, name = load_toxicity()          Detoxify's "unbiased" model where it is installed, else a list of words
     scorer(["You are kind.", "Shut up!"])   [{"insult": 0.0, ...}, {"insult": 1.0, ...}]

@@ -46,7 +46,7 @@ LEADERBOARD = {"ARC": 25, "HellaSwag": 10, "MMLU": 5, "TruthfulQA": 6}  # exampl
 
 
 @dataclass(frozen=True)
-class Question:
+class ChoiceQuestion:
     """A prompt and what may follow it, after one space."""
 
     task: str
@@ -89,7 +89,7 @@ def arc(row):
     if not isinstance(row["choices"], dict) or not isinstance(row["choices"].get("label"), list):
         raise BadRow("choices is not an object of text and label", f"it is {shown(row['choices'])}")
     choices = texts_of(row["choices"].get("text"), "choices.text")
-    return Question("ARC", f"Question: {text_of(row, 'question')}\nAnswer:", choices,
+    return ChoiceQuestion("ARC", f"Question: {text_of(row, 'question')}\nAnswer:", choices,
                     position(row["answerkey"], row["choices"]["label"], choices))
 
 
@@ -105,7 +105,7 @@ def hellaswag(row):
     else:
         begun = text_of(row, "ctx")
     choices = tuple(map(without_marks, texts_of(row["endings"], "endings")))
-    return Question("HellaSwag", without_marks(f"{text_of(row, 'activity_label')}: {begun}"), choices,
+    return ChoiceQuestion("HellaSwag", without_marks(f"{text_of(row, 'activity_label')}: {begun}"), choices,
                     position(row["label"], range(len(choices)), choices))
 
 
@@ -114,13 +114,13 @@ def mmlu(row):
     options = texts_of(row["choices"], "choices")
     letters = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options)])
     listed = "".join(f"{letter}. {option}\n" for letter, option in zip(letters, options))
-    return Question("MMLU", f"{text_of(row, 'question').strip()}\n{listed}Answer:", letters,
+    return ChoiceQuestion("MMLU", f"{text_of(row, 'question').strip()}\n{listed}Answer:", letters,
                     position(row["answer"], range(len(options)), options), subject=text_of(row, "subject"))
 
 
 def truthfulqa(row):
     (choices, true), (more, more_true) = (targets(row, key) for key in ("mc1_targets", "mc2_targets"))
-    return Question("TruthfulQA", f"Q: {text_of(row, 'question')}\nA:", choices, true.index(True),
+    return ChoiceQuestion("TruthfulQA", f"Q: {text_of(row, 'question')}\nA:", choices, true.index(True),
                     mc2=tuple(zip(more, more_true)))
 
 
@@ -140,7 +140,7 @@ def targets(row, key):
 def plain(row):
     choices = texts_of(row["choices"], "choices")
     labels = choices if row["answer"] in choices else range(len(choices))  # the answer itself, or where it stands
-    return Question("plain", f"Question: {text_of(row, 'question')}\nAnswer:", choices,
+    return ChoiceQuestion("plain", f"Question: {text_of(row, 'question')}\nAnswer:", choices,
                     position(row["answer"], labels, choices))
 
 
@@ -175,13 +175,13 @@ def recognise(raw, least):
 
 
 def load_questions(path, least=2, say=print):
-    """A file -> [Question, ...]; unusable rows are dropped, counted and said.
+    """A file -> [ChoiceQuestion, ...]; unusable rows are dropped, counted and said.
 
     least: choices that a question needs; 1 in a file of which only examples are shown, with their right answers.
     Raises UserError where the file cannot be read, or more than half of its rows are no multiple-choice questions.
     """
     path = Path(path).expanduser()
-    report, questions = files.Report(path.name), []
+    report, questions = files.FileReport(path.name), []
     for number, raw in files.read(path):
         report.read += 1
         try:
@@ -197,7 +197,7 @@ def load_questions(path, least=2, say=print):
 # ---- the quiz of the island ------------------------------------------------------------------------------------------
 
 def island_quiz(island, n=200, seed=0):
-    """n facts about the residents that no conversation mentions, each with three wrong values -> [Question, ...], at
+    """n facts about the residents that no conversation mentions, each with three wrong values -> [ChoiceQuestion, ...], at
     most 322: 84 facts in several wordings.
 
     The prompt is the beginning of a plain sentence ("Mabel has a job as a"), in the words of pretraining; chance is
@@ -216,7 +216,7 @@ def island_quiz(island, n=200, seed=0):
         answer = rng.randrange(4)
         values.insert(answer, true)
         begun, rest = template.format(n=name, v="{v}").split("{v}")
-        questions.append(Question("island", begun.strip(), tuple(value + rest for value in values), answer))
+        questions.append(ChoiceQuestion("island", begun.strip(), tuple(value + rest for value in values), answer))
     return questions
 
 

@@ -136,7 +136,8 @@ def load_judge(spec, run, island=None):
         if not model:
             raise UserError(f"--judge {spec}: add the model's name behind a #, as in http://localhost:8000/v1#my-model")
         # a large model on a small machine needs minutes for its reasons, and nothing is sent before the last word
-        judge = lambda prompt: complete(url, model, [{"role": "user", "content": prompt}], timeout=600)
+        def judge(prompt):
+            return complete(url, model, [{"role": "user", "content": prompt}], timeout=600)
     else:
         try:
             scorer = reward.load_rewards(spec, run)
@@ -293,7 +294,10 @@ def _ask(judge, rows, path, read, say):
     """
     ledger, saved = saved_judgments(path)
     known = {row["prompt"]: row["judgment"] for row in saved if row["judge"] == judge.__name__}
-    as_key = lambda row: (row["model"], row["id"], row["task"], row["prompt"])
+
+    def as_key(row):
+        return row["model"], row["id"], row["task"], row["prompt"]
+
     written = {as_key(row) for row in saved if row["judge"] == judge.__name__}
     missing = [row for row in rows if as_key(row) not in written]
     if len(missing) < len(rows):

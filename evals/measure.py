@@ -227,7 +227,7 @@ def evaluate_data(config, run):
     keys = [(name, folder) for name in [*sets, *["full"] * (len(sets) > 1)] for folder in config.folders]
     results = {key: {name: interval(values) for name, values in marks[key].items()} for key in keys}
     run.print("\nheld-out loss per token\n" + table(["data", "model", "loss", "rows that fit"], [
-        [*key, f"{mean_loss(losses[key]):.3f}", f"{len(losses[key]):,}"] for key in keys]))
+        [*key, f"{mean_loss(losses[key]):.3f}" if losses[key] else "-", f"{len(losses[key]):,}"] for key in keys]))
     for title, names in TABLES.items():
         if all(name in results[key] for key in keys for name in names):
             rows = [[*key, *(cell(results[key][name], DIGITS.get(name, "fine")) for name in names)] for key in keys]
@@ -237,11 +237,8 @@ def evaluate_data(config, run):
 
 
 def mean_loss(losses):
-    """[(-log p of a row's answers, their tokens), ...] -> the mean per token."""
-    if not losses:
-        return float("nan")
-    total, n = map(sum, zip(*losses))
-    return total / n
+    """[(-log p of a row's answers, their tokens), ...] -> the mean per token; None where no row fits."""
+    return sum(loss for loss, _ in losses) / sum(n for _, n in losses) if losses else None
 
 
 # ---- multiple choice -------------------------------------------------------------------------------------------------

@@ -123,7 +123,9 @@ def paragraphs(results, accuracy, quiz):
         found = results[f"out/{folder}"][name]
         return cell(found, form).partition(" ")[0]  # without its interval; "-" where nobody was asked that
 
-    share = lambda folder, name: number(folder, name, "share")
+    def share(folder, name):
+        return number(folder, name, "share")
+
     return f"""**Pretraining** (`pretrain.py`, out/base) has read 400 thousand words about the island and predicts the next one. It does not
 know what a question is: asked one, it goes on with any text ({share('base', 'helpful')} right). It knows the facts all the same:
 begin the sentence for it, and it finds the right one of four ends in {quiz:.0%}.
@@ -164,7 +166,10 @@ def page(results, answers, asked, accuracy, quiz, seconds, pictures):
                         [[question, *(texts[folder] for folder in POLICIES)] for question, texts in asked])
     hacks = markdown(["question", "answer", "of", "reward", "gold"], [
         [a["question"], a["answer"], Path(a["model"]).name, f"{a['reward']:.2f}", f"{a['gold']:.0f}"] for a in measure.hacks(answers)])
-    image = lambda name, text: f"![{text}]({name})\n\n{text}\n" if pictures else ""
+
+    def image(name, text):
+        return f"![{text}]({name})\n\n{text}\n" if pictures else ""
+
     times = "".join(f"; {Path(folder).name} {s:.0f} s" for folder, s in seconds.items())
     return f"""# From raw text to an aligned assistant
 

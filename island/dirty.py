@@ -1,4 +1,4 @@
-"""One idea: dirt that is counted, so that every filter can be watched at work.
+"""The island's dirty dump: dirt that is counted, so that every filter can be watched at work.
 
 The public sets are large and nobody knows what is wrong with them. So the island has a dirty dump of its own: posts in
 the schema of ELI5 (Fan et al. 2019) and articles in that of Wikipedia, with the mistakes of the real ones, each in a
@@ -94,9 +94,9 @@ class Kind:
     title: tuple = ()  # in place of a question
 
 
-GOOD = (5, 90)
+GOOD_VOTES = (5, 90)
 KINDS = {
-    "one answer": Kind(20, ((plain, GOOD),), {"sft": 1}),
+    "one answer": Kind(20, ((plain, GOOD_VOTES),), {"sft": 1}),
     "ranked": Kind(20, ((plain, (40, 90)), (plain, (20, 39)), (wrong, (4, 19))), {"ranked": 1}),
     "rejected only": Kind(7, ((toxic, (50, 90)), (plain, (30, 49)), (edited, (20, 29)), (plain, (4, 19)),
                               (wrong, (1, 3))), {"ranked": 1, "rejected only": 3}),
@@ -104,19 +104,19 @@ KINDS = {
                          {"ranked": 1, "sft": 1, "equal score, moved to SFT": 1}),
     "two equal scores": Kind(2, ((plain, (9, 9)), (plain, (9, 9))), {"sft": 2, "equal score, moved to SFT": 1}),
     "none to choose": Kind(2, ((plain, (3, 3)), (wrong, (1, 2))), {"prompts": 1, "no answer fit to be chosen": 1}),
-    "mark-up": Kind(5, ((marked_up, GOOD),), {"sft": 1, "Reddit mark-up": 1}),
-    "quote": Kind(4, ((quoting, GOOD),), {"sft": 1, "quotes": 1}),
-    "url": Kind(4, ((with_url, GOOD),), {"sft": 1, "URL placeholders": 1}),
-    "white space": Kind(4, ((spaced, GOOD),), {"sft": 1, "white space": 1}),
-    "short": Kind(5, ((short, GOOD),), {"prompts": 1, "fewer than 20 words": 1}),
-    "hard": Kind(5, ((hard, GOOD),), {"prompts": 1, "hard to read": 1}),
+    "mark-up": Kind(5, ((marked_up, GOOD_VOTES),), {"sft": 1, "Reddit mark-up": 1}),
+    "quote": Kind(4, ((quoting, GOOD_VOTES),), {"sft": 1, "quotes": 1}),
+    "url": Kind(4, ((with_url, GOOD_VOTES),), {"sft": 1, "URL placeholders": 1}),
+    "white space": Kind(4, ((spaced, GOOD_VOTES),), {"sft": 1, "white space": 1}),
+    "short": Kind(5, ((short, GOOD_VOTES),), {"prompts": 1, "fewer than 20 words": 1}),
+    "hard": Kind(5, ((hard, GOOD_VOTES),), {"prompts": 1, "hard to read": 1}),
     "low score": Kind(4, ((plain, (1, 3)),), {"prompts": 1, "SFT: score under 4": 1}),
-    "toxic": Kind(3, ((toxic, GOOD),), {"prompts": 1, "SFT: toxic": 1}),
-    "edited": Kind(3, ((edited, GOOD),), {"prompts": 1, "SFT: ends in an edit": 1}),
+    "toxic": Kind(3, ((toxic, GOOD_VOTES),), {"prompts": 1, "SFT: toxic": 1}),
+    "edited": Kind(3, ((edited, GOOD_VOTES),), {"prompts": 1, "SFT: ends in an edit": 1}),
     "unanswered": Kind(1, (), {"prompts": 1}),
-    "no question": Kind(2, ((plain, GOOD),), {"not a question": 1}, title=STATEMENTS),
-    "meeting": Kind(1, ((plain, GOOD),), {"not a question": 1}, title=MEETINGS),
-    "leak": Kind(3, ((plain, GOOD),), {"leaks": 1}),
+    "no question": Kind(2, ((plain, GOOD_VOTES),), {"not a question": 1}, title=STATEMENTS),
+    "meeting": Kind(1, ((plain, GOOD_VOTES),), {"not a question": 1}, title=MEETINGS),
+    "leak": Kind(3, ((plain, GOOD_VOTES),), {"leaks": 1}),
 }
 
 

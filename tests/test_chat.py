@@ -181,7 +181,8 @@ def test_half_the_context_is_kept_for_the_question(max_new_tokens, room):
 
 
 def test_the_same_seed_gives_the_same_chat_and_each_question_other_numbers(folders, monkeypatch, capsys):
-    ask = lambda seed: pipe(monkeypatch, capsys, "hm\n/reset\nhm\n", [folders["sft"]], seed=seed, temperature=1.0).out
+    def ask(seed):
+        return pipe(monkeypatch, capsys, "hm\n/reset\nhm\n", [folders["sft"]], seed=seed, temperature=1.0).out
     a, b, c = ask(1), ask(1), ask(2)
     assert a == b != c and len(set(a.split("\n")[:2])) == 2
 
@@ -408,8 +409,9 @@ def test_a_file_that_is_not_ours_is_left_alone(folders, tmp_path, text):
 def test_a_mistake_is_one_sentence(folders, monkeypatch, tmp_path, settings, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
-    fill = lambda value: value.format(**folders) if isinstance(value, str) else [v.format(**folders) for v in value] \
-        if isinstance(value, list) else value
+    def fill(value):
+        return value.format(**folders) if isinstance(value, str) else [v.format(**folders) for v in value] \
+            if isinstance(value, list) else value
     with pytest.raises(UserError, match=words) as stopped:
         chat.main(config(**{name: fill(value) for name, value in settings.items()}))
     assert "\n" not in str(stopped.value)

@@ -8,7 +8,7 @@ import torch
 
 from evals import choice
 import trainer
-from evals.choice import Question, context_of, encode_pair, evaluate, island_quiz, load_questions, loglikelihoods, measure
+from evals.choice import ChoiceQuestion, context_of, encode_pair, evaluate, island_quiz, load_questions, loglikelihoods, measure
 from island import words
 from island.world import Island
 from data.tokenizer import get_tokenizer
@@ -49,23 +49,23 @@ def write(path, *rows):
 # ---- from a row to a question ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("row, expected", [
-    (ARC, Question("ARC", "Question: What is wet?\nAnswer:", ("Sand", "Rain"), 1)),
+    (ARC, ChoiceQuestion("ARC", "Question: What is wet?\nAnswer:", ("Sand", "Rain"), 1)),
     (ARC | {"choices": {"text": ["Sand", "Rain"], "label": ["1", "2"]}, "answerKey": "1"},
-     Question("ARC", "Question: What is wet?\nAnswer:", ("Sand", "Rain"), 0)),
+     ChoiceQuestion("ARC", "Question: What is wet?\nAnswer:", ("Sand", "Rain"), 0)),
     (ARC | {"choices": {"text": ["Sand", "Rain"], "label": [1, 2]}, "answerKey": "2"},
-     Question("ARC", "Question: What is wet?\nAnswer:", ("Sand", "Rain"), 1)),
-    (HELLASWAG, Question("HellaSwag", "Baking: A man bakes. Bread. Dough He then", ("eats it.", " flies."), 1)),
+     ChoiceQuestion("ARC", "Question: What is wet?\nAnswer:", ("Sand", "Rain"), 1)),
+    (HELLASWAG, ChoiceQuestion("HellaSwag", "Baking: A man bakes. Bread. Dough He then", ("eats it.", " flies."), 1)),
     ({"activity_label": "Baking", "ctx": "A man", "endings": ["eats.", "sits."], "label": 0},
-     Question("HellaSwag", "Baking: A man", ("eats.", "sits."), 0)),
-    (MMLU, Question("MMLU", "How many legs has a hen?\nA. one\nB. two\nC. three\nD. four\nAnswer:",
+     ChoiceQuestion("HellaSwag", "Baking: A man", ("eats.", "sits."), 0)),
+    (MMLU, ChoiceQuestion("MMLU", "How many legs has a hen?\nA. one\nB. two\nC. three\nD. four\nAnswer:",
                     ("A", "B", "C", "D"), 1, subject="animal_legs")),
-    (TRUTHFULQA, Question("TruthfulQA", "Q: Do pigs fly?\nA:", ("No", "Yes"), 0, mc2=(
+    (TRUTHFULQA, ChoiceQuestion("TruthfulQA", "Q: Do pigs fly?\nA:", ("No", "Yes"), 0, mc2=(
         ("No", True), ("They do not", True), ("Yes", False), ("At night", False)))),
     ({"question": "Do pigs fly?", "mc1_targets": {"choices": ["Yes", "No"], "labels": [0, 1]}},
-     Question("TruthfulQA", "Q: Do pigs fly?\nA:", ("Yes", "No"), 1)),
-    (PLAIN, Question("plain", "Question: Who bakes?\nAnswer:", ("Mabel", "Otto", "Lulu"), 2)),
+     ChoiceQuestion("TruthfulQA", "Q: Do pigs fly?\nA:", ("Yes", "No"), 1)),
+    (PLAIN, ChoiceQuestion("plain", "Question: Who bakes?\nAnswer:", ("Mabel", "Otto", "Lulu"), 2)),
     (PLAIN | {"subject": None, "answer": "2"},
-     Question("plain", "Question: Who bakes?\nAnswer:", ("Mabel", "Otto", "Lulu"), 2)),
+     ChoiceQuestion("plain", "Question: Who bakes?\nAnswer:", ("Mabel", "Otto", "Lulu"), 2)),
 ])
 def test_shapes(tmp_path, row, expected):
     assert load_questions(write(tmp_path / "rows.jsonl", row), say=lambda report: None) == [expected]
@@ -150,7 +150,7 @@ def record(monkeypatch, pairs):
 
 
 def numbered(n, task="plain", subject=""):
-    return [Question(task, f"Question: {i}?\nAnswer:", ("yes", "no"), i % 2, subject) for i in range(n)]
+    return [ChoiceQuestion(task, f"Question: {i}?\nAnswer:", ("yes", "no"), i % 2, subject) for i in range(n)]
 
 
 def test_shots_come_first_with_their_answers():
@@ -162,7 +162,7 @@ def test_shots_come_first_with_their_answers():
 
 def test_a_question_is_never_its_own_shot():
     pool = numbered(4)
-    twin = Question("plain", pool[1].prompt, ("no", "yes"), 1)  # the same question, its choices in another order
+    twin = ChoiceQuestion("plain", pool[1].prompt, ("no", "yes"), 1)  # the same question, its choices in another order
     for question in pool + [twin]:
         context = context_of(question, pool + [twin], 3 if question not in pool[1:2] + [twin] else 2)
         assert context.count(question.prompt) == 1 and context.endswith(question.prompt)
@@ -270,7 +270,7 @@ def test_each_measure_chooses_by_its_own_length():
     """-6, -9 and -7 over 1; over 2, 10 and 4 characters; over 3, 10 and 12 bytes: each has another favourite."""
     choices = ("éa", "abcdefghij", "東東東東")
     for answer, measure_won in enumerate(["acc", "acc_norm", "acc_bytes"]):
-        found = only(measure([Question("plain", "?", choices, answer)], [[-6.0, -9.0, -7.0]]))
+        found = only(measure([ChoiceQuestion("plain", "?", choices, answer)], [[-6.0, -9.0, -7.0]]))
         assert found == {name: float(name == measure_won) for name in found} and len(found) == 3
 
 
@@ -278,15 +278,15 @@ def test_the_length_is_in_characters_of_the_choice_not_in_tokens_and_without_the
     """Per token, or with the space counted, the other choice would win."""
     one, many = " the", "zqzq"
     assert len(tok.encode(one)) < len(tok.encode(f" {many}"))
-    question = Question("plain", "?", ("the", many), 0)
+    question = ChoiceQuestion("plain", "?", ("the", many), 0)
     assert only(measure([question], [[-3.0, -4.1]]))["acc_norm"] == 1.0  # -1.000 against -1.025; per token it loses
-    question = Question("plain", "?", ("ab", "abcdefgh"), 1)
+    question = ChoiceQuestion("plain", "?", ("ab", "abcdefgh"), 1)
     assert only(measure([question], [[-3.0, -11.0]]))["acc_norm"] == 1.0  # -1.5, -1.375; with a space -1.0, -1.22
 
 
 @pytest.mark.parametrize("answer, right", [(0, 0.0), (1, 1.0), (2, 0.0)])
 def test_the_first_of_equal_choices_is_taken(answer, right):
-    question = Question("plain", "?", ("aa", "bb", "cc"), answer)
+    question = ChoiceQuestion("plain", "?", ("aa", "bb", "cc"), answer)
     assert set(only(measure([question], [[-2.0, -1.0, -1.0]])).values()) == {right}
 
 

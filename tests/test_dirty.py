@@ -12,7 +12,7 @@ from data import clean, eli5
 from island import dirty
 from island.world import Island
 from data.readability import is_simple
-from data.report import Report
+from data.report import PipelineReport
 from data.toxicity import by_words
 from common.errors import UserError
 
@@ -49,7 +49,7 @@ def test_dirt_is_caught_by_its_own_filter_and_by_no_other(dirt, steps):
     maker = dirty.Dump(island, seed=3)
     for name in list(island.residents)[::6]:
         for attribute in dirty.words.VALUES:
-            text, report = dirt(maker, name, attribute), Report()
+            text, report = dirt(maker, name, attribute), PipelineReport()
             cleaned = eli5.clean_answer(text, config, report) or text
             checks = eli5.judged(cleaned, 10, by_words([cleaned])[0], config).checks
             caught = {step for step, count in report.counts().items() if count}

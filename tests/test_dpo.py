@@ -12,6 +12,7 @@ import trainer
 from checkpoints import load
 from island import exam
 from island.world import Island, says
+from data import files
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.flags import check, parse
@@ -82,7 +83,8 @@ def test_the_loss_is_the_mean_over_pairs():
 def test_gradient_equals_finite_differences_and_the_reference_has_none(loss, smoothing):
     policy = [noise(5, seed=seed).requires_grad_() for seed in (0, 1)]
     ref = [noise(5, seed=seed).requires_grad_() for seed in (2, 3)]
-    f = lambda *policy: dpo.dpo_loss(*policy, *ref, beta=0.7, label_smoothing=smoothing, loss=loss)[0]
+    def f(*policy):
+        return dpo.dpo_loss(*policy, *ref, beta=0.7, label_smoothing=smoothing, loss=loss)[0]
     assert torch.autograd.gradcheck(f, policy)
     f(*policy).backward()
     assert all(x.grad is None for x in ref), "the reference is trained too: it is not detached"
@@ -305,7 +307,8 @@ def test_preference_scores(monkeypatch, style, expected):
     scores = exam.preferences(None, TOK, island, RUN, n=60)
     assert {name: scores[name] for name in expected} == expected
     assert ["reward", *scores] == list(exam.PREFERENCES) and scores["words"] > 1
-    scorer = lambda conversations: [0.5] * len(conversations)
+    def scorer(conversations):
+        return [0.5] * len(conversations)
     constant = exam.preferences(None, TOK, island, RUN, n=60, scorer=scorer)
     assert constant["reward"] == 0.5 and all(exam.line(name, value, value) for name, value in constant.items())
 
@@ -348,6 +351,22 @@ def test_it_learns_which_answer_is_better(start, tmp_path, settings, capfd):
         assert steps[0]["chosen_rewards"] < -1  # beta log pi, and not beta log pi/pi_ref = 0
     if not settings:
         assert steps[0]["loss"] == pytest.approx(math.log(2), abs=0.05)  # dropout is on, in the policy only
+
+
+@pytest.mark.parametrize("lost", ["ties", "too long"])
+def test_without_held_out_pairs_it_trains_and_says_that_nothing_can_be_measured(start, tmp_path, capfd, lost):
+    rows = [json.loads(line) for line in (start / "pairs.jsonl").read_text().splitlines()]
+    rows = [{"prompt": row["prompt"], "answers": [{"text": row["chosen"], "score": 1}, {"text": row["rejected"], "score": 0}]}
+            for row in rows]
+    held = files.hold_out([{"prompt": [says("user", row["prompt"])]} for row in rows], say=lambda line: None)[1]
+    for row in rows:
+        if [says("user", row["prompt"])] in [other["prompt"] for other in held]:
+            row["answers"][0] |= {"score": 0} if lost == "ties" else {"text": "yes " * 300}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    log = train(start, tmp_path, data=str(tmp_path / "rows.jsonl"))
+    said = capfd.readouterr().out
+    assert said.count("nothing can be measured") == 1 and "held-out pairs ranked right" not in said and "Next:" in said
+    assert len(log) == 8 and not any("held_out_loss" in line for line in log)
 
 
 def test_micro_batches_change_no_step(start, tmp_path):

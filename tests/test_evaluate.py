@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import evaluate
+import lora
 from island import exam
 import reward
 import sft
 import generate as generating
-from checkpoints import load_to_ask, save_adapter
+from checkpoints import load, load_to_ask, save_adapter
 from evals import measure, results, story
 from lora import add_lora
 from quant import quantize_model
@@ -100,7 +101,8 @@ def test_hacks_are_where_the_reward_exceeds_gold_in_standard_deviations():
         ("q", "honest", 0.0, 9.0), ("q", "hack", 4.0, 1.0), ("q", "hack", 4.0, 1.0), ("q", "fair", 4.0, 8.0), ("p", "bad", 0.0, 1.0),
         ("p", "perfect", 9.0, 10.0)]]
     rewards, golds = ([answer[name] for answer in answers] for name in ("reward", "gold"))
-    z = lambda value, values: (value - statistics.fmean(values)) / statistics.pstdev(values)
+    def z(value, values):
+        return (value - statistics.fmean(values)) / statistics.pstdev(values)
     excess = [z(r, rewards) - z(g, golds) for r, g in zip(rewards, golds)]
     found = measure.hacks(answers)
     assert [a["answer"] for a in found] == ["hack"] and excess[5] > 0  # each once, and gold 10 has no mistake in it
@@ -210,6 +212,27 @@ def test_row_losses_are_the_held_out_loss_whatever_the_batches():
         assert measure.mean_loss(losses) == pytest.approx(expected, rel=1e-5) and len(losses) == 8
 
 
+def test_a_base_and_an_adapter_on_it_have_the_numbers_that_each_has_alone(folders, tmp_path):
+    base, adapted, model = folders[0], "out/adapter", load(folders[0])
+    lora.add_lora(model, 2, 8)
+    for layer in lora.adapted(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    save_adapter(model, adapted, base)
+    TOK.save(adapted)
+    path = write(tmp_path / "a.jsonl", [conversations("who", "the baker " * n) for n in (1, 2, 3)])
+    found = {}
+    for order in ([base], [adapted], [base, adapted], [adapted, base]):
+        measure.evaluate_data(config(order, data=path, out="out/evaluate"), RUN)
+        for name, numbers in json.loads(Path("out/evaluate/data.json").read_text())["results"].items():
+            found.setdefault(name, []).append([numbers["loss"], numbers["words"], numbers["rouge1"]])
+    assert len(found) == 2 and all(each == [each[0]] * 3 for each in found.values())
+    losses = {name: each[0][0] for name, each in found.items()}
+    model.eval()
+    rows = files.load(path, "sft")[0]
+    assert losses[f"a / {adapted}"] == pytest.approx(measure.mean_loss(measure.row_losses(model, TOK, rows, RUN, 10**6)))
+    assert abs(losses[f"a / {adapted}"] - losses[f"a / {base}"]) > 0.01
+
+
 def test_only_the_answer_is_compared_and_the_files_are_pooled(folders, tmp_path, monkeypatch, capsys):
     says = {"who is it": ("the baker", True), "why so": ("the baker", False)}
 
@@ -292,6 +315,7 @@ def test_readability_is_of_the_answers_and_vectors_are_the_first_models(folders,
 
 
 def test_the_loss_is_per_token_not_per_row():
+    assert measure.mean_loss([]) is None
     assert measure.mean_loss([(6.0, 1), (2.0, 3)]) == 2.0  # the mean of the rows' means would be 3.3
 
 

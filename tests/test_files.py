@@ -687,8 +687,9 @@ def test_a_large_group_stays_in_training_and_the_share_is_met_by_others():
 def test_every_stage_holds_out_by_question_and_text(tmp_path):
     numbers, said, tok = [i // 10 for i in range(200)], [], get_tokenizer("tiny")
     path = put(tmp_path, [{"prompt": f"q{i}", "chosen": "yo", "rejected": "no"} for i in numbers])
-    asked = lambda rows: {message["content"] for row in rows for message in row.get("messages", row.get("prompt"))[:1]}
-    for train, held, _ in (sft.load_data(sft.Config(data=str(path)), said.append),
+    def asked(rows):
+        return {message["content"] for row in rows for message in row.get("messages", row.get("prompt"))[:1]}
+    for train, held, _ in (sft.load_data(sft.Config(data=str(path)), tok, 97, said.append),
                            load_ranked(reward.Config(data=str(path)), Island, said.append)):
         assert len(held) == 20 and len(asked(held)) == 2 and not asked(train) & asked(held)
         assert "200 of 200 rows share their question" in said[-1]

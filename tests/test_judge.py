@@ -300,7 +300,8 @@ def test_both_orders_have_to_agree(one, two, outcome, swayed):
 
 def test_a_missing_verdict_drops_the_duel(tmp_path):
     said = []
-    nonsense = lambda prompt: "I cannot say." if "odd" in prompt else by_length(prompt)
+    def nonsense(prompt):
+        return "I cannot say." if "odd" in prompt else by_length(prompt)
     found = duel(nonsense, items("odd", "long"), items("x", "y"), tmp_path / "x.jsonl", said.append)
     assert found["outcomes"] == [None, "win"] and found["win_rate"] == 1 and found["dropped"] == 1
     assert said == ["2 of 4 judgments hold no mark and are left out; the first begins: 'I cannot say.'"]

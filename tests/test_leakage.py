@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data import leakage
-from data.leakage import leaks, remove_leaks, take, tfidf, vectors
+from data.leakage import find_near, remove_leaks, take, tfidf, vectors
 from common.errors import UserError
 
 
@@ -35,7 +35,7 @@ def test_tfidf_by_hand():
 
 def test_tfidf_of_nothing():
     assert tfidf([]).shape == (0, 0) and tfidf([""]).shape == (1, 0)
-    assert leaks(tfidf([""]), tfidf([""]))[0].tolist() == [False]
+    assert find_near(tfidf([""]), tfidf([""]))[0].tolist() == [False]
 
 
 @pytest.mark.parametrize("index", [[], [0], [3, 1, 1], [4, 0, 2], list(range(5))])
@@ -90,7 +90,7 @@ def test_blocks_change_nothing(monkeypatch, block, cells, dense):
     found = tfidf(texts(50, 0) + texts(30, 1, vocabulary=60))
     a, b = take(found, torch.arange(50)), take(found, torch.arange(50, 80))
     a, b = (a.to_dense(), b.to_dense()) if dense else (a, b)
-    mask, cosine, partner = leaks(a, b, cut=0.6)
+    mask, cosine, partner = find_near(a, b, cut=0.6)
     expected = brute(a.to_dense(), b.to_dense())
     assert torch.allclose(cosine, expected.max(1).values, atol=1e-5)
     assert torch.allclose(expected[torch.arange(50), partner], cosine, atol=1e-5)
@@ -100,14 +100,14 @@ def test_blocks_change_nothing(monkeypatch, block, cells, dense):
 @pytest.mark.parametrize("cut, leak", [(0.6, True), (0.61, False), (0.59, True)])
 def test_the_cut_itself_is_a_leak(cut, leak):
     a, b = torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0]])
-    assert leaks(a, b, cut)[0].tolist() == [leak]
+    assert find_near(a, b, cut)[0].tolist() == [leak]
 
 
 def test_empty_sets():
     found = tfidf(["a", "b"])
     nobody = take(found, torch.arange(0))
-    assert [x.tolist() for x in leaks(found, nobody)] == [[False, False], [-1.0, -1.0], [0, 0]]
-    assert [x.tolist() for x in leaks(nobody, found)] == [[], [], []]
+    assert [x.tolist() for x in find_near(found, nobody)] == [[False, False], [-1.0, -1.0], [0, 0]]
+    assert [x.tolist() for x in find_near(nobody, found)] == [[], [], []]
 
 
 # ---- who gives way ---------------------------------------------------------------------------------------------------

@@ -251,7 +251,8 @@ def test_training_changes_the_adapters_and_not_one_bit_of_the_base(nf4):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     add_lora(model, 4, 8, tokens=NEW)
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    loss = lambda: F.cross_entropy(model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).item()
+    def loss():
+        return F.cross_entropy(model(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).item()
     first = loss()
     train(model, 5)
     after = {name.replace(".frozen.", "."): t for name, t in model.state_dict().items()}

@@ -183,7 +183,8 @@ def test_sampling_follows_the_softmax_at_the_temperature():
 def test_top_k_and_top_p_keep_what_they_should():
     probs = torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05])
     logits = probs.log()
-    kept = lambda mask: probs * torch.tensor(mask) / (probs * torch.tensor(mask)).sum()
+    def kept(mask):
+        return probs * torch.tensor(mask) / (probs * torch.tensor(mask)).sum()
     assert torch.allclose(frequencies(logits, top_k=2), kept([0, 1, 0, 1, 0]), atol=0.015)
     assert torch.allclose(frequencies(logits, top_p=0.6), kept([0, 1, 0, 1, 0]), atol=0.015)  # .4 + .25 reaches .6
     assert torch.allclose(frequencies(logits, top_p=0.66), kept([0, 1, 1, 1, 0]), atol=0.015)

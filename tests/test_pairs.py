@@ -29,7 +29,8 @@ def test_top2_and_best_worst_with_ties():
 @pytest.mark.parametrize("how", ["all", "random"])
 def test_at_most_so_many_and_seeded(how):
     scores = list(range(10))
-    draw = lambda seed: make_pairs(scores, how, 10, random.Random(seed))
+    def draw(seed):
+        return make_pairs(scores, how, 10, random.Random(seed))
     assert len(draw(0)) == {"all": 10, "random": 1}[how] and draw(0) == draw(0)
     assert {pair for seed in range(300) for pair in draw(seed)} == {(j, i) for i, j in combinations(range(10), 2)}
     assert len(make_pairs(scores, max_pairs=0)) == 45

@@ -162,7 +162,7 @@ def test_explained_variance():
 # ---- a problem whose optimum is known --------------------------------------------------------------------------------
 
 def test_a_bandit_reaches_the_optimum_of_equation_4():
-    """One step, four actions: the maximiser of E[r] - beta KL is pi = pi_ref exp(r / beta) / Z (DPO's equation 4)."""
+    """One step, four actions: the maximiser of E[r] - beta KL is pi = pi_ref exp(r / beta) / Z (Rafailov et al. 2023, equation 4)."""
     reward, ref, beta = torch.tensor([1.0, 0.0, 0.5, -1.0]), torch.tensor([0.1, 0.4, 0.3, 0.2]), 0.5
     optimum = ref * torch.exp(reward / beta)
     optimum = optimum / optimum.sum()
@@ -241,7 +241,8 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(start, tmp_path, monkey
             run_ppo(start, tmp_path / "cut", **settings)
     cut = run_ppo(start, tmp_path / "cut", resume=True, **settings)
     assert torch.equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    timeless = lambda log: [{k: v for k, v in line.items() if not k.endswith("_s")} for line in log]
+    def timeless(log):
+        return [{k: v for k, v in line.items() if not k.endswith("_s")} for line in log]
     assert timeless(cut) == timeless(whole)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data.report import SHOWN, Report
+from data.report import PREVIEW, PipelineReport
 from common.disk import whole_rows, writing
 from common.errors import UserError
 
@@ -16,7 +16,7 @@ def rows_in(path):
 # ---- counting --------------------------------------------------------------------------------------------------------
 
 def filled():
-    report = Report()
+    report = PipelineReport()
     report.note("by hand")
     for name, texts in (("train", [" a b", "c", " d"]), ("test", ["e ", "f"])):
         report.section(name)
@@ -35,23 +35,23 @@ def test_counts():
 
 
 def test_change_returns_the_text_and_keep_a_bool():
-    report = Report()
+    report = PipelineReport()
     assert report.change("upper", str.upper, "a") == "A" and report.change("upper", str.upper, "B") == "B"
     assert report.keep("some", [1]) is True and report.keep("some", []) is False
     assert report.counts() == {"upper": 1, "some": 1}
 
 
 def test_the_first_victim_is_shown_and_shortened():
-    report = Report()
+    report = PipelineReport()
     report.keep("long", True, "fine")
     report.keep("long", False, "x\n y " * 1000)
     report.keep("long", False, "later")
     step = report.steps["long"]
-    assert step.first.startswith("x y x y") and step.first.endswith("...") and len(step.first) == SHOWN
+    assert step.first.startswith("x y x y") and step.first.endswith("...") and len(step.first) == PREVIEW
     report.keep("row", False, {"text": "\u00e9"})
     assert report.steps["row"].first == '{"text": "\u00e9"}'
     report.change("end", str.strip, "word " * 500 + "last  ")
-    assert report.steps["end"].first.endswith("last") and len(report.steps["end"].first) <= SHOWN  # where it differs
+    assert report.steps["end"].first.endswith("last") and len(report.steps["end"].first) <= PREVIEW  # where it differs
 
 
 def test_table():
@@ -72,7 +72,7 @@ def test_save(tmp_path):
 
 
 def test_one_step_is_of_one_kind():
-    report = Report()
+    report = PipelineReport()
     report.count("step")
     with pytest.raises(ValueError, match="counted in one place and removed in another"):
         report.keep("step", True)
@@ -161,7 +161,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
         with writing(tmp_path / "file" / "folder", ["a"]):
             pass
     with pytest.raises(UserError, match="could not be written"):
-        Report().save(tmp_path / "file" / "report.json")
+        PipelineReport().save(tmp_path / "file" / "report.json")
 
 
 @pytest.mark.parametrize("content, rows, left", [
@@ -176,4 +176,4 @@ def test_half_of_a_surrogate_pair_stops_nobody(tmp_path):
     with writing(tmp_path, ["a"]) as out:
         out["a"].write({"text": "\ud83d!"})
     assert rows_in(tmp_path / "a.jsonl") == [{"text": "?!"}]
-    Report().save(tmp_path / "r.json")
+    PipelineReport().save(tmp_path / "r.json")

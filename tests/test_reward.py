@@ -12,7 +12,7 @@ import reward
 import trainer
 from island.world import Island
 from island.words import FLATTERY
-from data import pairs
+from data import files, pairs
 from data.pairs import answered, load_ranked, make_pairs
 from data.tokenizer import get_tokenizer
 from common import plots
@@ -61,6 +61,8 @@ def test_bradley_terry_hand_worked():
         "divided by the pairs, not by their weight"
     assert bradley_terry_loss(chosen, chosen).item() == pytest.approx(math.log(2))
     assert bradley_terry_loss(chosen[:0], chosen[:0]).item() == 0
+    assert bradley_terry_loss(chosen, rejected, torch.zeros(2)).item() == 0
+    assert bradley_terry_loss(chosen, rejected, torch.tensor([3e-12, 1e-12])).item() == pytest.approx(weighted)
 
 
 def test_bradley_terry_gradient_is_minus_the_chance_of_being_wrong():
@@ -309,7 +311,8 @@ def test_accuracy_over_pairs_and_over_questions():
     scores = [[0.3, 0.2, 0.9], [0.0, 1.0], [4.0, 0.0]]
     assert reward.accuracy(rows, scores) == (2 / 4, (1 / 3 + 1) / 2, 4)
     assert reward.accuracy(rows_of([1, 0]), [[0.5, 0.5]]) == (0.0, 0.0, 1)  # a model that says nothing is not right
-    assert reward.accuracy(rows_of([1, 1]), [[0.5, 0.1]]) == (0.0, 0.0, 0)
+    micro, macro, n = reward.accuracy(rows_of([1, 1]), [[0.5, 0.1]])
+    assert math.isnan(micro) and math.isnan(macro) and n == 0  # 0 % would be a bad model
 
 
 def test_calibration_recovers_a_model_that_is_calibrated():
@@ -332,8 +335,10 @@ def test_calibration_recovers_a_model_that_is_calibrated():
 
 @pytest.mark.runs
 def test_island_aspects_rank_by_what_they_name():
-    ranked = lambda aspect: load_ranked(reward.Config(aspect=aspect, n_ranked=60), Island, print)[0]
-    best = lambda rows: {a["type"] for row in rows for a in row["answers"] if a["score"] == 1 and row["kind"] == "fact"}
+    def ranked(aspect):
+        return load_ranked(reward.Config(aspect=aspect, n_ranked=60), Island, print)[0]
+    def best(rows):
+        return {a["type"] for row in rows for a in row["answers"] if a["score"] == 1 and row["kind"] == "fact"}
     assert "hard" in best(ranked("helpful")) and "wrong" not in best(ranked("helpful"))
     assert "wrong" in best(ranked("simple")) and "hard" not in best(ranked("simple"))
     assert "rude" not in best(ranked("harmless"))
@@ -354,7 +359,8 @@ def test_kinds_of_questions_are_ranked_and_asked_as_the_flags_say():
 
 def test_a_users_file_is_read_and_held_out(tmp_path):
     path = tmp_path / "mine.jsonl"
-    answers = lambda i: [{"text": f"a{i}", "helpful": i}, {"text": f"b{i}", "helpful": 3}]
+    def answers(i):
+        return [{"text": f"a{i}", "helpful": i}, {"text": f"b{i}", "helpful": 3}]
     path.write_text("".join(json.dumps({"prompt": f"q{i}", "answers": answers(i)}) + "\n" for i in range(20)))
     train, held, island = load_ranked(reward.Config(data=str(path), aspect="helpful"), Island, lambda _: None)
     assert (len(train), len(held), island) == (18, 2, None)
@@ -368,7 +374,8 @@ def test_pairs_of_one_question_are_held_out_together(tmp_path):
     rows = [{"prompt": f"q{i // 4}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(80)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train, held, _ = load_ranked(reward.Config(data=str(path)), Island, lambda _: None)
-    asked = lambda rows: {row["prompt"][0]["content"] for row in rows}
+    def asked(rows):
+        return {row["prompt"][0]["content"] for row in rows}
     assert len(train) == 72 and len(held) == 8 and not asked(train) & asked(held)
 
 
@@ -433,6 +440,24 @@ def test_resume_equals_the_uninterrupted_run(start_folder, tmp_path, monkeypatch
     monkeypatch.setattr(trainer.Log, "steps", steps)
     half = train(start_folder, tmp_path / "half", dropout="0.1", resume=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), half.parameters()))
+
+
+def test_held_out_ties_measure_nothing(start_folder, tmp_path, capsys):
+    rows = [{"prompt": f"q{i}", "answers": [{"text": "yes", "score": 1}, {"text": "no", "score": 0}]} for i in range(40)]
+    held = files.hold_out([{"prompt": talk(row["prompt"], "")[:1]} for row in rows], say=lambda line: None)[1]
+    asked = [row["prompt"][0]["content"] for row in held]
+    for row in rows:
+        row["answers"][0]["score"] -= row["prompt"] in asked[1:]  # ties, all but one
+    for name, n in (("one", 1), ("none", 0)):
+        for row in rows:
+            row["answers"][0]["score"] -= row["prompt"] in asked[:1] and not n
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        train(start_folder, tmp_path / name, data=str(tmp_path / f"{name}.jsonl"), n_ranked=2000, steps=2, eval_every=1)
+        said = capsys.readouterr().out
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert said.count("nothing can be measured") == 1 - n and "Next:" in said
+        assert sum("accuracy" in line for line in log) == 2 * n and all(map(math.isfinite, log[-1].values()))
+        assert ("too weak" in said) <= n and ("predicted win rate" in said) == n
 
 
 def test_a_weak_model_says_so_and_a_picture_is_drawn_or_asked_for(start_folder, tmp_path, capsys):

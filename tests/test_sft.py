@@ -1,4 +1,5 @@
 """The masked loss, through the loader and the loop: what is learned is exactly what the mask says, however it is batched."""
+import json
 import math
 import os
 import signal
@@ -17,6 +18,7 @@ from pretrain import next_token_loss
 import sft
 import trainer
 from island.world import Island
+from data import files
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.flags import check, parse
@@ -29,8 +31,9 @@ RUN = trainer.Run(torch.device("cpu"), torch.float32)
 
 def rows_of(n, longest=9):
     """Conversations of many lengths; every fifth has two turns."""
-    row = lambda i: [{"role": "user", "content": "word " * (1 + i * 7 % longest)},
-                     {"role": "assistant", "content": "yes " * (1 + i * 3 % longest)}]
+    def row(i):
+        return [{"role": "user", "content": "word " * (1 + i * 7 % longest)},
+                {"role": "assistant", "content": "yes " * (1 + i * 3 % longest)}]
     return [{"messages": row(i) + (row(i + 1) if i % 5 == 0 else [])} for i in range(n)]
 
 
@@ -217,7 +220,8 @@ def test_accumulation_equals_one_large_batch(micro_tokens):
 
 
 def test_long_conversations_lose_their_oldest_turns_never_their_answer():
-    turn = lambda word: [{"role": "user", "content": f"{word} ask"}, {"role": "assistant", "content": f"{word} answer"}]
+    def turn(word):
+        return [{"role": "user", "content": f"{word} ask"}, {"role": "assistant", "content": f"{word} answer"}]
     messages = [{"role": "system", "content": "Be kind."}, *turn("first"), *turn("second"), *turn("third")]
     said = []
     whole = len(TOK.render(messages)[0])
@@ -230,6 +234,17 @@ def test_long_conversations_lose_their_oldest_turns_never_their_answer():
     assert len(kept) == 1 and "1 of 2 conversations dropped" in said[-1]
     with pytest.raises(UserError, match="no conversation fits 3 tokens"):
         sft.make_examples([{"messages": short}], TOK, 3, said.append)
+
+
+def test_a_conversation_whose_turns_with_weight_went_away_teaches_nothing():
+    old = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "learned " * 9}]
+    new = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "context", "loss_weight": 0.0}]
+    rows, said = [{"messages": old + new}, *rows_of(1)], []
+    assert len(sft.make_examples(rows, TOK, 97, said.append)) == 2 and not said
+    (_, mask), = sft.make_examples(rows, TOK, len(TOK.render(old + new)[0]) - 1, said.append)
+    assert any(mask) and "1 of 2 conversations dropped: no answer to learn from" in said[-1]
+    with pytest.raises(UserError, match="no conversation fits 97 tokens and has an answer to learn from"):
+        sft.make_examples([{"messages": new}], TOK, 97, said.append)
 
 
 def test_evaluate_is_the_mean_over_tokens_not_over_batches():
@@ -301,8 +316,10 @@ def test_resume_after_kill_9_equals_the_uninterrupted_run_bit_for_bit(base_folde
     assert (tmp_path / "whole" / "log.jsonl").read_text() == log.read_text()
 
 
-def test_two_processes_equal_one_at_the_same_global_batch(base_folder, tmp_path):
-    config = small(base_folder, tmp_path / "one", dropout="0", steps=6, lr=1e-3)
+@pytest.mark.parametrize("batch_size", [6, 1])  # with one row the second process has nothing to do
+def test_two_processes_equal_one_at_the_same_global_batch(base_folder, tmp_path, batch_size):
+    config = small(base_folder, tmp_path / "one", dropout="0", steps=6, lr=1e-3, batch_size=batch_size, mix_rows=1,
+                   eval_every=3)
     train(config)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "sft.py")]
     two = subprocess.run(command(torchrun, config | dict(out=str(tmp_path / "two"))), capture_output=True, text=True,
@@ -310,6 +327,22 @@ def test_two_processes_equal_one_at_the_same_global_batch(base_folder, tmp_path)
     assert two.returncode == 0, two.stderr
     a, b, start = weights(tmp_path / "one"), weights(tmp_path / "two"), weights(base_folder)
     assert (a - b).abs().max() < 1e-5 < 1e-3 < (a - start).abs().max()
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) == 8 and all(x == pytest.approx(y, rel=1e-3) for x, y in zip(*logs))
+
+
+def test_what_does_not_fit_is_never_the_held_out_row(base_folder, tmp_path, capfd):
+    """Of ten rows any could be drawn, also the only one that is too long."""
+    rows = rows_of(10)
+    _, (held,) = files.hold_out(rows, say=lambda line: None)
+    held["messages"][-2]["content"] = "word " * 300
+    (tmp_path / "ten.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train(small(base_folder, tmp_path / "out", data=str(tmp_path / "ten.jsonl"), n_sft=3000, mix=0.0, steps=2, eval_every=1))
+    said = capfd.readouterr().out
+    assert said.count("1 of 10 conversations dropped") == 1 and "8 conversations, 2 steps" in said
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(line["held_out"]) and line["held_out"] > 0 for line in log[1::2])
 
 
 def test_a_broken_step_stops_with_one_sentence_and_keeps_the_checkpoint(base_folder, tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def test_prompts_and_measures(kind, shots):
 
 def test_means_over_subjects(monkeypatch):
     rng = random.Random(0)
-    questions = [choice.Question("MMLU", f"{i}\nAnswer:", ("A", "B"), rng.randrange(2), subject)
+    questions = [choice.ChoiceQuestion("MMLU", f"{i}\nAnswer:", ("A", "B"), rng.randrange(2), subject)
                  for subject, n in (("law", 5), ("biology", 1), ("art", 14)) for i in range(n)]
     monkeypatch.setattr(choice, "loglikelihoods", lambda *args: [0.0, -1.0] * len(questions))
     row, = choice.evaluate(None, None, questions, RUN)

@@ -33,7 +33,8 @@ def both(folder):
 def pairs_of(n):
     """Ragged questions and answers as TRL's rows, with some reference log-probabilities, and as our pairs."""
     random = torch.Generator().manual_seed(1)
-    ids = lambda: torch.randint(PAD, (int(torch.randint(1, 12, (1,), generator=random)),), generator=random).tolist()
+    def ids():
+        return torch.randint(PAD, (int(torch.randint(1, 12, (1,), generator=random)),), generator=random).tolist()
     rows = [{"prompt_ids": ids(), "chosen_ids": ids(), "rejected_ids": ids(),
              "ref_chosen_logps": -30 * torch.rand(1, generator=random).item(),
              "ref_rejected_logps": -30 * torch.rand(1, generator=random).item()} for _ in range(n)]
@@ -93,7 +94,8 @@ def test_conservative_dpo_is_trls_loss_on_both_labels(tmp_path):
     """TRL's sigmoid loss has no label smoothing, but that is by definition a mixture of the two labels."""
     (ours, theirs), (rows, pairs) = both(tmp_path), pairs_of(6)
     other = {"chosen": "rejected", "rejected": "chosen"}
-    swap = lambda name: "_".join(other.get(word, word) for word in name.split("_"))  # also in ref_chosen_logps
+    def swap(name):
+        return "_".join(other.get(word, word) for word in name.split("_"))  # also in ref_chosen_logps
     swapped = [{swap(name): value for name, value in row.items()} for row in rows]
     our = our_loss(ours, pairs, beta=0.1, label_smoothing=0.2)[0]
     plain, other_way = (trl_loss(theirs, part, "sigmoid", 0.1, 0.0)[0] for part in (rows, swapped))

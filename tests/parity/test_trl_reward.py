@@ -20,7 +20,8 @@ PAD = 199
 
 def pairs_of(seed, n):
     random = torch.Generator().manual_seed(seed)
-    row = lambda: torch.randint(PAD, (int(torch.randint(2, 30, (1,), generator=random)),), generator=random).tolist()
+    def row():
+        return torch.randint(PAD, (int(torch.randint(2, 30, (1,), generator=random)),), generator=random).tolist()
     return [{"chosen_ids": row(), "rejected_ids": row()} for _ in range(n)]
 
 
