@@ -72,7 +72,8 @@ def show(island, args):
 
 def main():
     parser = argparse.ArgumentParser(
-        "python -m island", description="The embedded world. Without --ask, --write or --dump it shows a sample of everything.",
+        "python -m island",
+        description="The embedded world. Without --ask, --write or --dump it shows a sample of everything.",
         epilog="Knobs to learn from: --no-idk (the model will invent), --flattery 0 (votes without bias), --noise 0 "
                "(votes that are the truth).")
     parser.add_argument("--ask", metavar="QUESTION", help='print the truth, for instance --ask "What does Mabel eat?"')
