@@ -124,8 +124,7 @@ def matching(paths, targets):
 
 
 def endings(paths):
-    """What the layers of a block are called -> sorted names, without their block: attn.c_proj of
-    blocks.0.attn.c_proj."""
+    """What the layers of a block are called -> sorted names, without their block: attn.c_proj, ..."""
     return sorted({path.split(".", 2)[2] for path in paths})
 
 

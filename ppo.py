@@ -121,8 +121,7 @@ def policy_loss(logps, old_logps, advantages, mask, clip=0.2):
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
-    """0.5 * masked mean of the larger of two squared errors: of the values, and of the values clipped to old_values +-
-    clip."""
+    """0.5 * masked mean of the larger of two squared errors: of values, and of values within clip of old_values."""
     near = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (near - returns) ** 2), mask)
 
@@ -353,8 +352,7 @@ class Config(TrainConfig):
 
 
 def load_prompts(config, tok, block_size, say):
-    """-> conversations that end with a question and leave room for an answer, their ids, the island where it made
-    them."""
+    """-> conversations that end with a question and leave room for an answer, their ids, the island if it made them."""
     if config.data:
         rows, report = files.load(config.data, "prompts", merge_system=config.merge_system)
         say(report)

@@ -12,8 +12,7 @@ class UserError(SystemExit):
 
 
 def end_politely():
-    """Called where a script begins: Ctrl-C and a closed pipe (`| head`) end it without a traceback. Bugs keep
-    theirs."""
+    """Called where a script begins: Ctrl-C and a closed pipe (`| head`) end it without a traceback."""
     traceback = sys.excepthook
 
     def hook(kind, error, trace):
