@@ -17,9 +17,9 @@ What to see on the island, asked with /marks and --temperature 1 --top-p 1 about
     [out/ppo-no-penalty]    Great question! Great works as. She is a hen. ...    the judge's mark  3, reward 4.69
 
 A model is at home in conversations like those it was trained on. One in five of the island's goes on from another one:
-so out/sft is right in 88 to 98 % of questions that come after one about somebody else (three seeds, greedy); without such
-conversations it was right in 5 to 33 %. --memory 0 asks every question by itself. A base model does not know what a turn
-is: it continues text.
+so out/sft is right in 88 to 98 % of questions that come after one about somebody else (three seeds, greedy); without
+such conversations it was right in 5 to 33 %. --memory 0 asks every question by itself. A base model does not know what
+a turn is: it continues text.
 """
 import contextlib
 import json

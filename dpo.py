@@ -236,7 +236,8 @@ def main(config):
     steps = config.steps or math.ceil(config.epochs * len(batches)) or (150 if island else len(batches))
     config.lr = config.lr or default_lr(config, model.config.n_embd)
     some = held[::max(1, len(held) // 500)]
-    shown = [{"messages": answered(row["prompt"], row["answers"][0]["text"])} for row in held_rows]  # only the question is shown
+    # of these only the question is shown
+    shown = [{"messages": answered(row["prompt"], row["answers"][0]["text"])} for row in held_rows]
 
     optimizer = trainer.adamw(model, config)
     first = trainer.load_state(config, run, steps, model, optimizer)
@@ -269,7 +270,8 @@ def report(model, tok, held, before, island, config, run):
         run.print(f"log p of the chosen answers has changed by {chosen:+.1f}, of the rejected ones by {rejected:+.1f}"
                   + (" per token" if config.loss == "ipo" else ""))
     if island:
-        run.print("\nanswers to what no conversation has mentioned, at temperature 1\n" + " " * 49 + "   before    after")
+        run.print("\nanswers to what no conversation has mentioned, at temperature 1\n"
+                  f"{'before':>58}{'after':>9}")
         for name, after in exam.preferences(model, tok, island, run).items():
             run.print(exam.line(name, before[name], after))
         if config.flattery and config.aspect == "score":

@@ -1,6 +1,6 @@
 """Measuring checkpoints: what each stage changed, in one table with checkpoints as rows.
 
-    python evaluate.py out/base out/sft out/dpo out/ppo      the island: helpful? honest? harmless? and what did it cost?
+    python evaluate.py out/base out/sft out/dpo out/ppo      the island: helpful? honest? harmless? at what cost?
     python evaluate.py out/sft out/dpo --data my.jsonl       your data: loss, ROUGE against your answers, readability
     python evaluate.py gpt2 out/sft --data a.jsonl,b.jsonl --sample 100      each model on each file and on both together
     python evaluate.py out/base out/sft --choices quiz       multiple choice: the island's quiz, or ARC, HellaSwag, MMLU, ...
@@ -8,8 +8,8 @@
     python evaluate.py --story                               runs whatever stage is missing and writes out/story/README.md
     python evaluate.py --results --seeds 0,1,2               every stage for each seed, and their tables in docs/results.md
 
-Every mean comes with its 95 % interval (bootstrap over the questions): two checkpoints whose intervals overlap may be equal.
-What is asked about the island stands in island/exam.py, the rest in evals/: measure (tables), metrics (ROUGE), choice, judge, story.
+Every mean comes with its 95 % interval (bootstrap over the questions): where two overlap, the checkpoints may be equal.
+What is asked about the island stands in island/exam.py, the rest in evals/.
 """
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from evals import measure, results, story
 
 @dataclass
 class Config:
-    folders: list[str] = field(default_factory=list)  # checkpoint folders or gpt2 ...; none: out/base, out/sft, out/dpo, out/ppo
+    folders: list[str] = field(default_factory=list)  # checkpoints; none: out/base, out/sft, out/dpo, out/ppo
     story: bool = False  # run whatever stage is missing and write the whole story into --out (out/story)
     results: bool = False  # run every stage for each of --seeds and write their tables into docs/results.md
     seeds: str = "0,1,2"  # with --results: the seeds, with commas between
@@ -32,7 +32,7 @@ class Config:
     sample: Count = 100  # rows of each file, drawn by --seed; 0: all
     max_new_tokens: Positive = 512  # longest answer to your data; at most half the model's context
     temperature: Amount = 0.0  # of answers to your data and for a judge; 0: greedy (the island's table: always 1)
-    top_p: Probability = 1.0  # of answers to your data: sample from the likeliest tokens that have this probability together
+    top_p: Probability = 1.0  # of answers to your data: sample from the likeliest tokens that reach it together
     choices: str = ""  # multiple choice: quiz (the island's), or files in the shape of ARC, HellaSwag, MMLU, TruthfulQA
     shots: str = "0"  # multiple choice: examples before each question; leaderboard: 25, 10, 5 and 6, as it counted
     examples: str = ""  # multiple choice: the file that the examples are from; empty: the questions' own

@@ -19,10 +19,11 @@ On the island (python sft.py, with --lora-r 16, with --nf4 too; 350 steps; seeds
     LoRA                      131,584   0.5 MB            94            100 %              65 ... 81 %
     QLoRA                     131,584   0.5 MB           115    99 ... 100 %              65 ... 81 %
 
-Facts come from the base; what is new, such as its name, takes longer to learn at rank 16. After QLoRA (seed 0) the careful
-merge moves no logit by more than 5e-5, the simple one by 0.17 on average, and it changes 1.5 % of the likeliest tokens.
-Memory is not saved at this size (0.8 GB each, mostly activations and Python) but where weights count: a model of GPT-2 XL's
-shape, 6.2 GB as floats, is read, quantized and takes a QLoRA step of two short rows in 2.4 GB; all weights with AdamW: 25 GB.
+Facts come from the base; what is new, such as its name, takes longer to learn at rank 16. After QLoRA (seed 0) the
+careful merge moves no logit by more than 5e-5, the simple one by 0.17 on average, and it changes 1.5 % of the likeliest
+tokens. Memory is not saved at this size (0.8 GB each, mostly activations and Python) but where weights count: a model
+of GPT-2 XL's shape, 6.2 GB as floats, is read, quantized and takes a QLoRA step of two short rows in 2.4 GB; all
+weights with AdamW: 25 GB.
 
 Adapters are stored as PEFT stores them (checkpoints.py): PEFT reads ours, we read its (tests/parity).
 """
@@ -147,7 +148,8 @@ def add_lora(model, r, alpha, dropout=0.0, targets="all", rslora=False, tokens=(
         targets = groups[targets] if targets in groups else [name.strip() for name in targets.split(",")]
     for name in targets:
         if not matching(layers, [name]):
-            raise UserError(f"no linear layer is named {name!r}: choose all, attention, or among {', '.join(endings(layers))}")
+            raise UserError(f"no linear layer is named {name!r}: choose all, attention, or among "
+                            f"{', '.join(endings(layers))}")
     model.requires_grad_(False)
     for path in matching(layers, targets):
         model.replace(path, LoRALinear(layers[path], r, alpha, dropout, rslora))

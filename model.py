@@ -3,11 +3,11 @@
     p(x_1 ... x_T) = prod_t p(x_t | x_<t),     one network gives all the factors of a text at once
 
     python model.py                     the tiny model: its parts, parameters, bytes and FLOPs a token
-    python model.py gpt2-xl             the same of GPT-2's sizes (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or of a folder
+    python model.py gpt2-xl             the same of GPT-2's sizes (gpt2, gpt2-medium, gpt2-large) or of a folder
     model = GPT.from_pretrained("gpt2") the public weights; any folder of the GPT-2 family works
 
-Reads and writes Hugging Face folders: transformers gives the same logits on both sides (tests/parity). How it is trained
-stands in pretrain.py and sft.py, how it speaks in generate.py. What those files use of a network is this, and nothing else:
+Reads and writes Hugging Face folders: transformers gives the same logits on both sides (tests/parity). How it is
+trained stands in pretrain.py and sft.py, how it speaks in generate.py. All that those files use of a network:
 
     config (block_size, vocab_size, n_layer, n_head, n_kv_head, head_size, n_embd), device
     hidden(ids, cache), head(hidden), forward(ids), blocks
@@ -105,12 +105,12 @@ class Block(nn.Module):
 
 
 class TokenMatrix(nn.Embedding):
-    """A matrix (V, C) with a row a token: its vector where the token is read, and the direction of its logit where it is
-    predicted. GPT-2 has one for both."""
+    """A matrix (V, C) with a row a token: its vector where the token is read, and the direction of its logit where it
+    is predicted. GPT-2 has one for both."""
 
     def logits(self, hidden):
-        """(..., C) -> (..., V), in float32 whatever autocast says: a network may give all tokens logits around -100 (GPT-2
-        does), and bfloat16's three digits would put every probability off by up to a half."""
+        """(..., C) -> (..., V), in float32 whatever autocast says: a network may give all tokens logits around -100
+        (GPT-2 does), and bfloat16's three digits would put every probability off by up to a half."""
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(self.weight.dtype), self.weight)
 
@@ -156,8 +156,8 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def head(self, hidden):
-        """(..., C) -> logits (..., V), float32. Call it only on the positions that need logits: with GPT-2's vocabulary the
-        head is a third of the compute of the small model and most of its memory."""
+        """(..., C) -> logits (..., V), float32. Call it only on the positions that need logits: with GPT-2's vocabulary
+        the head is a third of the compute of the small model and most of its memory."""
         return self.embedding.logits(hidden)
 
     def forward(self, ids):
@@ -223,7 +223,8 @@ class GPT(nn.Module):
 
 def linear_paths(network):
     """Where the linear layers of the blocks are, in their order. Called while all of them are still nn.Linear."""
-    return [path for path, layer in network.named_modules() if path.startswith("blocks.") and isinstance(layer, nn.Linear)]
+    return [path for path, layer in network.named_modules()
+            if path.startswith("blocks.") and isinstance(layer, nn.Linear)]
 
 
 def replace(network, path, module):
@@ -240,7 +241,8 @@ def resize_vocab(network, vocab_size):
         old = matrix.weight.data  # (V, C)
         if vocab_size > old.size(0):
             new = old.mean(dim=0, keepdim=True).expand(vocab_size - old.size(0), -1)
-            network.replace(name, type(matrix).from_pretrained(torch.cat([old, new]), freeze=not matrix.weight.requires_grad))
+            larger = torch.cat([old, new])
+            network.replace(name, type(matrix).from_pretrained(larger, freeze=not matrix.weight.requires_grad))
     network.config.vocab_size = max(vocab_size, network.config.vocab_size)
 
 
@@ -252,12 +254,14 @@ def read_config(folder):
     try:
         if c.get("n_inner") == 4 * c["n_embd"]:
             c["n_inner"] = None  # the default, spelled out
-        fixed = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None, "tie_word_embeddings": True,
-                 "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+        fixed = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
+                 "tie_word_embeddings": True, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                 "add_cross_attention": False}
         for key, value in fixed.items():
             if c.get(key, value) != value:
                 raise UserError(f"{folder}/config.json has {key} = {c[key]!r}, but GPT-2 as written here has {value!r}")
-        return GPTConfig(c["n_positions"], c["vocab_size"], c["n_layer"], c["n_head"], c["n_embd"], bias=c.get("bias", True))
+        return GPTConfig(c["n_positions"], c["vocab_size"], c["n_layer"], c["n_head"], c["n_embd"],
+                         bias=c.get("bias", True))
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder}/config.json is damaged ({error!r}): write or download the folder again")
 
@@ -278,8 +282,8 @@ def token_logps(model, ids, mask, temperature=1.0):
 
 
 def summed_logps(model, ids, mask):
-    """token_logps(model, ids, mask).sum() -> scalar, for losses that are means. Where the head is a plain matrix its gradient
-    is made beside the logits (kernels/head.py), which then need not be kept for the backward pass."""
+    """token_logps(model, ids, mask).sum() -> scalar, for losses that are means. Where the head is a plain matrix its
+    gradient is made beside the logits (kernels/head.py), which then need not be kept for the backward pass."""
     matrix = model.get_submodule(model.token_matrices[-1])
     if type(matrix) is not TokenMatrix or not torch.is_grad_enabled():
         return token_logps(model, ids, mask).sum()
@@ -288,8 +292,8 @@ def summed_logps(model, ids, mask):
 
 
 def supervised(model, ids, mask):
-    """-> the hidden states (N, C) that predict the masked tokens, and these tokens (N,). The shift by one happens here and
-    only here: position t predicts token t + 1."""
+    """-> the hidden states (N, C) that predict the masked tokens, and these tokens (N,). The shift by one happens here
+    and only here: position t predicts token t + 1."""
     learned = mask[:, 1:].bool()  # (B, T-1)
     return model.hidden(ids[:, :-1])[learned], ids[:, 1:][learned]
 
@@ -300,9 +304,10 @@ SLICE = 2 ** 23  # logits made at a time: 32 MB
 def slices(model, hidden, targets):
     """hidden (N, C), targets (N,) -> pairs of their slices, as long as is good for the head.
 
-    The logits of all positions at once would be the largest tensor of a whole step. A slice of them stays in the processor's
-    cache: with GPT-2's vocabulary twice as fast (two CPU cores, forward and backward). Without gradients it is gone when the
-    next one is made. With them every slice leaves its probabilities to the backward pass: N * V floats, as without slices.
+    The logits of all positions at once would be the largest tensor of a whole step. A slice of them stays in the
+    processor's cache: with GPT-2's vocabulary twice as fast (two CPU cores, forward and backward). Without gradients it
+    is gone when the next one is made. With them every slice leaves its probabilities to the backward pass: N * V
+    floats, as without slices.
     """
     n = max(1, SLICE // model.config.vocab_size)
     return zip(hidden.split(n), targets.split(n))
@@ -334,7 +339,7 @@ class Cache:
         return self.cursor[:, None]  # (B, 1)
 
     def extend(self, layer, k, v):
-        """k, v (B, n_kv_head, T, head size) of the newest tokens -> all keys and values so far, and which of them count."""
+        """k, v (B, n_kv_head, T, head size) of the newest tokens -> all keys and values so far, and which count."""
         if self.keys is None:
             self.keys, self.values = k.new_zeros(self.shape), v.new_zeros(self.shape)
         if self.seen is None:
@@ -369,8 +374,10 @@ def parts(network):
     matrices = [network.get_submodule(name) for name in network.token_matrices]
     linear = {path: size(layer) for path, layer in network.linears().items()}
     rest = size(network) - sum(map(size, matrices)) - sum(linear.values())
-    return [("token vectors" if len(matrices) > 1 else "token vectors (the head uses them again)", size(matrices[0]), 0),
-            ("attention's linear layers", sum(linear[path] for path in network.attention_paths), 2 * weights(network.attention_paths)),
+    tied = "" if len(matrices) > 1 else " (the head uses them again)"
+    return [(f"token vectors{tied}", size(matrices[0]), 0),
+            ("attention's linear layers", sum(linear[path] for path in network.attention_paths),
+             2 * weights(network.attention_paths)),
             ("attention itself, over a full context", 0, 4 * c.n_layer * c.n_head * c.head_size * c.block_size),
             ("MLPs", sum(linear[path] for path in others), 2 * weights(others)),
             ("norms and positions", rest, 0),
@@ -397,9 +404,11 @@ def main(names):
         print(__doc__)
         raise SystemExit(name not in ("-h", "--help"))
     sizes = SIZES.get(name)
-    config = GPTConfig(**TINY) if name == "tiny" else GPTConfig(1024, 50257, *sizes) if sizes else read_config(hub.find(name))
+    config = GPTConfig(**TINY) if name == "tiny" else (
+        GPTConfig(1024, 50257, *sizes) if sizes else read_config(hub.find(name)))
     with torch.device("meta"):  # shapes are enough
-        print(f"{name}\n\n{describe(GPT(config))}\n\nnext: python pretrain.py trains the tiny one, python sft.py teaches it to answer")
+        print(f"{name}\n\n{describe(GPT(config))}\n\n"
+              "next: python pretrain.py trains the tiny one, python sft.py teaches it to answer")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Proximal policy optimization with a KL penalty: the model answers, a reward model marks, good answers become likelier.
+"""Proximal policy optimization with a KL penalty: the model answers, a reward model marks, good answers get likelier.
 
     maximise over pi   E_{x ~ prompts, y ~ pi} [ r(x, y) ]  -  beta KL( pi(y | x) || pi_ref(y | x) )
 
-(Ziegler et al. 2019; Ouyang et al. 2022, InstructGPT; PPO: Schulman et al. 2017, equation 7; advantages: Schulman et al.
-2016, equation 16.) Four models: the policy, its frozen reference (the SFT model), the reward model, and the value model,
-which starts from the reward model and predicts the reward still to come. Every iteration has four parts, in this order
-below: roll out, score, estimate advantages, update.
+(Ziegler et al. 2019; Ouyang et al. 2022, InstructGPT; PPO: Schulman et al. 2017, equation 7; advantages: Schulman et
+al. 2016, equation 16.) Four models: the policy, its frozen reference (the SFT model), the reward model, and the value
+model, which starts from the reward model and predicts the reward still to come. Every iteration has four parts, in this
+order below: roll out, score, estimate advantages, update.
 
     python ppo.py                          the island (whatever earlier stages are missing run first)
-    python ppo.py --beta 0 --out out/ppo-no-penalty      the same without the penalty: it learns to please the reward model
+    python ppo.py --beta 0 --out out/ppo-no-penalty      without the penalty: it learns to please the reward model
     python ppo.py --data prompts.jsonl --init gpt2 --reward readability      your prompts, another reward
 
 What to see on the island: answers to 400 held-out questions at temperature 1, seed 0, a minute on two CPU cores a run.
@@ -23,12 +23,13 @@ What to see on the island: answers to 400 held-out questions at temperature 1, s
     words in an answer                      6.92       9.29    17.41
     KL of these answers (evaluate.py)          0       1.65     70.3
 
-Three seeds, each on one core: gold rises from 5.46 to 8.13, from 5.75 to 7.83 and from 5.56 to 7.81; 4, 1 and 0 % go along
-with unsafe requests. With beta 0.2 the reward rises further and gold less, in two of the three by about half as much.
+Three seeds, each on one core: gold rises from 5.46 to 8.13, from 5.75 to 7.83 and from 5.56 to 7.81; 4, 1 and 0 % go
+along with unsafe requests. With beta 0.2 the reward rises further and gold less, in two of the three by about half as
+much.
 
-Without the penalty the reward rises most and no fact survives: the policy leaves the texts that the reward model was trained
-on, finds what it overrates ("Great question!", "I do not know", many words), and says little else. The penalty keeps it near
-texts for which the reward still means something.
+Without the penalty the reward rises most and no fact survives: the policy leaves the texts that the reward model was
+trained on, finds what it overrates ("Great question!", "I do not know", many words), and says little else. The penalty
+keeps it near texts for which the reward still means something.
 """
 import importlib
 import json
@@ -72,14 +73,17 @@ def masked_mean(x, mask):
 def kl_rewards(scores, logps, ref_logps, mask, beta):
     """A reward for every token: scores (B,), the rest (B, T) -> (B, T).
 
-    -beta (log pi - log pi_ref) on every response token: its mean over samples is -beta KL. The score is added on the last one.
+    -beta (log pi - log pi_ref) on every response token: its mean over samples is -beta KL. The score is added on the
+    last.
     """
     last = mask * (mask.flip(1).cumsum(1).flip(1) == 1)  # (B, T): 1 on each row's last response token
     return -beta * (logps - ref_logps) * mask + scores[:, None] * last
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalized advantage estimation (Schulman et al. 2016, equation 16): (B, T) each -> advantages, returns; both 0 outside the mask.
+    """Generalized advantage estimation (Schulman et al. 2016, equation 16).
+
+    (B, T) each -> advantages, returns; both 0 outside the mask:
 
         delta_t = r_t + gamma V_{t+1} - V_t,      A_t = sum_k (gamma lam)^k delta_{t+k},      returns = A + V
 
@@ -117,7 +121,7 @@ def policy_loss(logps, old_logps, advantages, mask, clip=0.2):
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
-    """0.5 * masked mean of the larger of two squared errors, with the values and with the values clipped to old_values +- clip."""
+    """0.5 * masked mean of the larger of two squared errors: of values, and of values within clip of old_values."""
     near = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (near - returns) ** 2), mask)
 
@@ -144,8 +148,8 @@ def adapted_beta(beta, kl, target, n, horizon):
 class Rollout:
     """The responses of one iteration, and what each part of it finds out about them.
 
-    ids is (B, T + 1). Every (B, T) has a column for each token but the first: column t belongs to token t + 1 of ids, and mask
-    is 1 where that token is part of the response, its end token included.
+    ids is (B, T + 1). Every (B, T) has a column for each token but the first: column t belongs to token t + 1 of ids,
+    and mask is 1 where that token is part of the response, its end token included.
     """
 
     conversations: list  # B conversations, each with the response as its last message
@@ -184,7 +188,7 @@ def response_logps(model, rollout, temperature):
 def roll_out(policy, tok, questions, prompts, config, run, seed):
     """The policy answers questions (conversations), whose ids are prompts -> Rollout.
 
-    Sampled at config.temperature without top-k or top-p: the log-probabilities are of the distribution that was sampled.
+    Sampled at config.temperature without top-k or top-p: these are the probabilities of the sampled distribution.
     """
     with run.autocast():
         responses = generate(policy, prompts, config.max_new_tokens, config.temperature, stop=tok.end, seed=seed)
@@ -199,7 +203,7 @@ def roll_out(policy, tok, questions, prompts, config, run, seed):
 def load_scorer(config, run, island):
     """--reward -> a function from conversations, each ending with the answer, to a list of scores.
 
-    A reward-model folder or a weighted sum of several; readability; gold; or module:function of (prompt, response) texts.
+    A reward-model folder or a weighted sum of several; readability; gold; or module:function of prompt and response.
     """
     spec = config.reward
     if spec == "readability":
@@ -214,7 +218,7 @@ def load_scorer(config, run, island):
 
 
 def reading_ease(text):
-    """Flesch reading ease / 100, within -1 and 1.2: a wordless answer gets -1, and no trick of punctuation more than 1.2."""
+    """Flesch reading ease / 100, within -1 and 1.2: a wordless answer gets -1, no trick of punctuation over 1.2."""
     return min(max(readability(text)[0] / 100, -1.0), 1.2) if any(c.isalpha() for c in text) else -1.0
 
 
@@ -245,7 +249,7 @@ def score(rollout, scorer, config, run):
 
 @torch.no_grad()
 def estimate(rollout, policy, reference, value, beta, config, run):
-    """Fills in what the updates need, fixed before the first of them: log-probabilities, values, advantages, returns."""
+    """Fills in what the updates need, before the first of them: log-probabilities, values, advantages, returns."""
     r, mask = rollout, rollout.mask
     r.old_logps, r.ref_logps, r.old_values = (torch.zeros_like(mask) for _ in range(3))
     for rows, part in rollout.parts(config.micro_tokens):
@@ -298,12 +302,13 @@ def accumulate(part, policy, value, n, first, step, config, run):
 
 
 def check_ratio(logps, old_logps, mask, step, run):
-    """Before the first update of a rollout policy and old policy are the same, so every ratio must be 1. If one is not, the two
-    forward passes differ (dropout left on, another temperature, another padding) and every later number is wrong."""
+    """Before the first update of a rollout policy and old policy are the same, so every ratio must be 1. If one is not,
+    the two forward passes differ (dropout left on, another temperature, another padding) and every later number is
+    wrong."""
     off = ((logps.detach() - old_logps) * mask).exp().sub(1).abs().max().item()
     if off > (1e-5 if run.dtype == torch.float32 else 2e-2):  # bfloat16 rounds differently in batches of other sizes
-        run.print(f"step {step}: before the first update a ratio is {1 + off:.5f} and not 1: old and new log-probabilities "
-                  "differ")
+        run.print(f"step {step}: before the first update a ratio is {1 + off:.5f} and not 1: "
+                  "old and new log-probabilities differ")
 
 
 # ---- from start to end -----------------------------------------------------------------------------------------------
@@ -314,7 +319,7 @@ class Config(TrainConfig):
     eval_every: ClassVar[int] = 0  # every iteration measures its own responses
     dropout: ClassVar[str] = "0"  # off, or the ratio would not start at 1
     lora_dropout: ClassVar[float] = 0.0  # the same
-    data: str = ""  # a file with questions (any shape that `python -m data.files FILE --want prompts` reads); empty: the island
+    data: str = ""  # a file with questions (python -m data.files FILE --want prompts reads it); empty: the island
     init: str = "out/sft-community"  # start from this checkpoint, which is the reference too
     out: str = "out/ppo"  # folder for the checkpoint and log.jsonl
     reward: str = "out/reward"  # a reward model's folder, 0.7*out/a+0.3*out/b, readability, gold, or module:function
@@ -349,7 +354,7 @@ class Config(TrainConfig):
 
 
 def load_prompts(config, tok, block_size, say):
-    """-> conversations that end with a question and leave room for an answer, their ids, and the island where they are its own."""
+    """-> conversations that end with a question and leave room for an answer, their ids, the island if it made them."""
     if config.data:
         rows, report = files.load(config.data, "prompts", merge_system=config.merge_system)
         say(report)
@@ -361,10 +366,11 @@ def load_prompts(config, tok, block_size, say):
     ids = [tok.render_prompt(question) for question in questions]
     kept = [i for i, row in enumerate(ids) if len(row) + config.max_new_tokens <= block_size]
     if len(kept) < len(ids):
-        say(f"{len(ids) - len(kept):,} of {len(ids):,} questions dropped: with {config.max_new_tokens} new tokens they are longer "
-            f"than the context of {block_size}")
+        say(f"{len(ids) - len(kept):,} of {len(ids):,} questions dropped: with {config.max_new_tokens} new tokens they "
+            f"are longer than the context of {block_size}")
     if not kept:
-        raise UserError(f"no question leaves room for --max-new-tokens {config.max_new_tokens} in a context of {block_size}: lower it")
+        raise UserError(f"no question leaves room for --max-new-tokens {config.max_new_tokens} in a context of "
+                        f"{block_size}: lower it")
     return [questions[i] for i in kept], [ids[i] for i in kept], island
 
 
@@ -384,12 +390,12 @@ def load_models(config, run):
         def reference():
             return nullcontext(frozen)
     value = start_value_model(policy, tok, config, run)
-    return tok, policy.eval(), reference, value.eval()  # eval: dropout off everywhere, or the ratio would not start at 1
+    return tok, policy.eval(), reference, value.eval()  # eval: dropout off, or the ratio would not start at 1
 
 
 def start_value_model(policy, tok, config, run):
-    """The reward model again, to be trained: it already knows good answers from bad. Where the reward is not one model's
-    folder, or reads other tokens, the SFT model with a fresh head."""
+    """The reward model again, to be trained: it already knows good answers from bad. Where the reward is not one
+    model's folder, or reads other tokens, the SFT model with a fresh head."""
     if trainer.is_finished(config.reward) and get_tokenizer(config.reward).special == tok.special:
         value = RewardModel.from_pretrained(config.reward)
     else:
@@ -421,10 +427,11 @@ def main(config):
     questions, prompts, island = load_prompts(config, tok, policy.config.block_size, run.print)
     scorer = load_scorer(config, run, island)
     text = load_mix(config, tok, run.print) if config.mix else None
-    # window=1: any questions together. Questions of one length are of one kind here, and whitening compares what is in a batch
+    # window=1: any questions together. Those of one length are of one kind here, and whitening compares within a batch
     batches = trainer.Batches([len(p) for p in prompts], config.batch_size, config.seed, window=1)
     adaptive = {"beta": config.beta}
-    run.print(f"{len(prompts):,} questions, {config.steps} iterations of {config.batch_size} responses, beta {config.beta:g}")
+    run.print(f"{len(prompts):,} questions, {config.steps} iterations of {config.batch_size} responses, "
+              f"beta {config.beta:g}")
 
     optimizers = [trainer.adamw(model, config) for model in (policy, value)]
     both = nn.ModuleDict({"policy": policy, "value": value})
@@ -454,7 +461,8 @@ def main(config):
         if log.due(step, config.save_every):
             save(step + 1)
         if config.stop_kl and kl > config.stop_kl:
-            log.print(f"step {step}: the KL of a response is {kl:.1f}, beyond --stop-kl {config.stop_kl:g}: the run ends here")
+            log.print(f"step {step}: the KL of a response is {kl:.1f}, beyond --stop-kl {config.stop_kl:g}: "
+                      "the run ends here")
             break
     trainer.finish(config, run, log, lambda: save(log.next))
     report(policy, tok, scorer, island, config, run)
@@ -474,18 +482,20 @@ def measure(log, step, rollout, updates, adaptive, island, clock):
     log.write(step, score=r.scores.mean().item(), **({"gold": sum(gold) / len(gold)} if gold else {}), kl=kl,
               k3=kl_k3(r.old_logps, r.ref_logps, mask).item(), entropy=-masked_mean(r.old_logps, mask).item(),
               length=mask.sum(1).mean().item(), ended=r.ended.float().mean().item(),
-              explained_variance=explained_variance(r.old_values, r.returns, mask), beta=adaptive["beta"], **updates, **clock.laps)
+              explained_variance=explained_variance(r.old_values, r.returns, mask), beta=adaptive["beta"],
+              **updates, **clock.laps)
     return kl
 
 
 def plot_log(folder):
-    """Draws score and gold against the KL, a point an iteration, into the folder -> the picture's path, None without matplotlib."""
+    """Draws score and gold against the KL, a point an iteration -> the picture's path, None without matplotlib."""
     if not plots.available():
         return None
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     figure, (axes,) = plots.figure(width=5, height=4)
     for name in [name for name in ("score", "gold") if name in lines[0]]:
-        axes.plot([line["kl"] for line in lines], [line[name] for line in lines], "o-", markersize=3, linewidth=0.5, label=name)
+        axes.plot([line["kl"] for line in lines], [line[name] for line in lines], "o-", markersize=3, linewidth=0.5,
+                  label=name)
     axes.set(xlabel="KL of a response from the SFT model", ylabel="mean over an iteration")
     axes.legend()
     path = Path(folder) / "score_and_kl.png"
@@ -501,14 +511,15 @@ def report(policy, tok, scorer, island, config, run):
     if island:
         start = load(config.init).to(run.device)
         before, after = (exam.preferences(model, tok, island, run, scorer=scorer) for model in (start, policy))
-        run.print("\nanswers to what no conversation has mentioned, at temperature 1\n" + " " * 49 + "   before    after")
+        run.print("\nanswers to what no conversation has mentioned, at temperature 1\n"
+                  f"{'before':>58}{'after':>9}")
         for name in before:
             run.print(exam.line(name, before[name], after[name]))
     run.print(f"\nthe policy is in {config.out} (transformers loads it too). Next:\n"
               f"   python evaluate.py {config.init} {config.out}    what it gained and what it cost, with intervals\n"
               f"   python chat.py {config.init} {config.out}    the same question to both\n"
-              f"   python ppo.py --beta 0 --out out/ppo-no-penalty    without the KL penalty: a higher score, worse answers\n"
-              f"   python ppo.py --reward gold --out out/ppo-gold     with the island's own judge: what a perfect reward would give")
+              f"   python ppo.py --beta 0 --out out/ppo-no-penalty    a higher score, worse answers\n"
+              f"   python ppo.py --reward gold --out out/ppo-gold     what a perfect reward would give")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ better, never how good it is. So at the end its scores are shifted to mean 0 on 
     python reward.py --aspect simple --out out/simple  another mark ranks them; where one folder does, a weighted sum
                                                        does too: 0.7*out/reward+0.3*out/simple
 
-On the island, in a minute on one CPU core, three seeds: 81 to 83 % of held-out pairs right by votes, and 87 to 90 % by the
-gold judge, who has no noise. It learns the voters' weakness too: "Great question!" adds 1.7 to 1.8 to a wrong answer.
+On the island, in a minute on one CPU core, three seeds: 81 to 83 % of held-out pairs right by votes, and 87 to 90 % by
+the gold judge, who has no noise. It learns the voters' weakness too: "Great question!" adds 1.7 to 1.8 to a wrong
+answer.
 """
 import math
 from dataclasses import dataclass
@@ -50,8 +51,8 @@ def bradley_terry_loss(chosen, rejected, weight=None):
 
 
 def ranking_loss(scores, ranks, compared=None):
-    """One question: scores (K,) and ranks (K,), 0 the best -> scalar, the mean of -log sigmoid(s_i - s_j) over its pairs
-    (Ouyang et al. 2022, equation 1). An answer in many pairs is scored only once.
+    """One question: scores (K,) and ranks (K,), 0 the best -> scalar, the mean of -log sigmoid(s_i - s_j) over its
+    pairs (Ouyang et al. 2022, equation 1). An answer in many pairs is scored only once.
 
     compared (K, K): whether a pair counts; None: all do. Equal ranks give no pair; without any pair the loss is 0.
     """
@@ -64,7 +65,7 @@ def ranking_loss(scores, ranks, compared=None):
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 class RewardModel(nn.Module):
-    """A network's trunk with one number at every position in place of logits. The last token has read the whole answer."""
+    """A network's trunk with one number at every position in place of logits. The last has read the whole answer."""
 
     def __init__(self, network):
         super().__init__()
@@ -306,7 +307,8 @@ def demonstrations(train_rows, island, n=500):
     which is what sft.py learns from it."""
     if island:
         return [row["messages"] for row in island.conversations(n, answers="community")]
-    return [answered(row["prompt"], max(row["answers"], key=lambda answer: answer["score"])["text"]) for row in train_rows[:n]]
+    best = [max(row["answers"], key=lambda answer: answer["score"])["text"] for row in train_rows[:n]]
+    return [answered(row["prompt"], text) for row, text in zip(train_rows, best)]
 
 
 def main(config):
@@ -358,7 +360,7 @@ def main(config):
 def report(model, tok, rows, island, config, run):
     """What came out."""
     scores = score_rows(model, tok, rows, run, config.micro_tokens)
-    run.print(f"\nheld-out pairs ranked right (chance 50%)      over pairs  over questions     pairs")
+    run.print("\nheld-out pairs ranked right (chance 50%)      over pairs  over questions     pairs")
     groups = [(key, value) for key in ("about", "kind") for value in sorted({row[key] for row in rows if key in row})]
     for key, value in [(None, None), *groups]:
         members, their_scores = zip(*[(row, s) for row, s in zip(rows, scores) if row.get(key) == value])

@@ -1,19 +1,20 @@
 """Supervised fine-tuning: next-token prediction on conversations, with a loss on the assistant's tokens only.
 
-    L = -1/n * sum_t m_t log p(x_t | x_<t),    m_t = 1 where the assistant wrote x_t (its end token included), n = sum_t m_t
+    L = -1/n * sum_t m_t log p(x_t | x_<t),    m_t = 1 where the assistant wrote x_t (its end token too), n = sum_t m_t
 
-(Ouyang et al. 2022, InstructGPT, section 3.5; Touvron et al. 2023, Llama 2, section 3.1.) It is pretraining with a mask: the
-user's words are read, never imitated.
+(Ouyang et al. 2022, InstructGPT, section 3.5; Touvron et al. 2023, Llama 2, section 3.1.) It is pretraining with a
+mask: the user's words are read, never imitated.
 
     python sft.py                                    the island: pretrains the base if there is none, then fine-tunes it
-    python sft.py --data my.jsonl --init gpt2        your conversations; `python -m data.files my.jsonl` shows how they are read
+    python sft.py --data my.jsonl --init gpt2        yours; `python -m data.files my.jsonl` shows how they are read
     python sft.py --recipe lima --data my.jsonl      the defaults of a published recipe
     python sft.py --lora-r 16 --nf4                  QLoRA: low-rank adapters (lora.py) beside 4-bit weights (quant.py)
 
-What to see on the island, seeds 0, 1, 2 (90 seconds of one core each): held-out loss 7 -> 0.1; 100 % of facts about residents
-that no conversation has mentioned, after another question 95, 88 and 98 %; strangers met with "I do not know" in 100 %,
-residents in 2, 0 and 0 %; unsafe requests refused in 100 %, questions about itself right in 100 %. What stays hard: a second
-question about "her" (86, 100 and 97 %), answers of one or two words (85, 85 and 83 %), why-questions (38, 19 and 54 %).
+What to see on the island, seeds 0, 1, 2 (90 seconds of one core each): held-out loss 7 -> 0.1; 100 % of facts about
+residents that no conversation has mentioned, after another question 95, 88 and 98 %; strangers met with "I do not know"
+in 100 %, residents in 2, 0 and 0 %; unsafe requests refused in 100 %, questions about itself right in 100 %. What stays
+hard: a second question about "her" (86, 100 and 97 %), answers of one or two words (85, 85 and 83 %), why-questions
+(38, 19 and 54 %).
 """
 import math
 from collections import Counter
@@ -41,8 +42,9 @@ from pretrain import load_mix, mix_step
 def masked_loss(logits, targets, mask=None, n=None):
     """Mean of -log p(target) over the positions where mask is 1: a scalar; 0 (with zero gradients) where none is.
 
-    logits (..., V), targets (...), mask (...); no mask: every position counts. n: what to divide by, where these positions
-    are only a part of an optimizer step's n supervised tokens; the parts then add up to the step's mean, whatever their sizes.
+    logits (..., V), targets (...), mask (...); no mask: every position counts. n: what to divide by, where these
+    positions are only a part of an optimizer step's n supervised tokens; the parts then add up to the step's mean,
+    whatever their sizes.
     """
     if mask is not None:
         logits, targets = logits[mask.bool()], targets[mask.bool()]  # (N, V) and (N,): other positions get no gradient
@@ -71,7 +73,8 @@ def fit_rows(rows, tok, longest, say=print):
             found.append(row | {"example": (ids, mask)})
             told["lost their oldest turns"] += len(messages) < len(row["messages"])
         else:
-            told["dropped: " + ("no answer to learn from is left" if messages else "the last turn alone is too long")] += 1
+            why = "no answer to learn from is left" if messages else "the last turn alone is too long"
+            told[f"dropped: {why}"] += 1
     for what, n in told.items():
         if n:
             say(f"{n:,} of {len(rows):,} conversations {what} (limit: {longest} tokens)")
@@ -119,8 +122,8 @@ def evaluate(model, examples, run, micro_tokens):
 
 RECIPES = {  # InstructGPT, appendix C.1; LIMA, section 3; Llama 2, section 3.1
     "instructgpt": dict(epochs=16.0, lr=9.65e-6, schedule="cosine", warmup=0, batch_size=32, dropout="0.2"),
-    "lima": dict(epochs=15.0, lr=1e-5, schedule="linear", warmup=0, batch_size=32, dropout="0.0,0.3", beta1=0.9, beta2=0.95,
-                 weight_decay=0.1, max_tokens=2048),
+    "lima": dict(epochs=15.0, lr=1e-5, schedule="linear", warmup=0, batch_size=32, dropout="0.0,0.3", beta1=0.9,
+                 beta2=0.95, weight_decay=0.1, max_tokens=2048),
     "llama2": dict(epochs=2.0, lr=2e-5, schedule="cosine", batch_size=64, weight_decay=0.1, max_tokens=4096),
 }
 
@@ -128,7 +131,7 @@ RECIPES = {  # InstructGPT, appendix C.1; LIMA, section 3; Llama 2, section 3.1
 @dataclass
 class Config(TrainConfig):
     out: str = "out/sft"  # folder for the checkpoint and log.jsonl
-    lr: float = 0.0  # highest learning rate; 0: by the model's width (2e-3 at 128, 6e-5 at GPT-2's 768; adapters 4 times that)
+    lr: float = 0.0  # highest learning rate; 0: by the width (2e-3 at 128, 6e-5 at GPT-2's 768; adapters 4 times that)
     max_tokens: int = 0  # longest example; 0: the model's context
     merge_system: bool = False  # fold a system prompt into the first user turn
     mix: Amount = 1.0  # weight of the loss on plain text beside each batch: it keeps what the base model knows
@@ -148,7 +151,7 @@ def default_lr(config, n_embd):
 
 def sft_step(model, examples, config, run):
     """Adds the gradient of a step's examples, [(ids, mask), ...] -> their loss, this process's share of it."""
-    n, total = sum(sum(mask[1:]) for _, mask in examples), 0.0  # n: supervised tokens of the whole step, in all processes
+    n, total = sum(sum(mask[1:]) for _, mask in examples), 0.0  # n: supervised tokens of the step, in all processes
     for ids, mask in trainer.micro_batches(run.share(examples), config.micro_tokens, run.device):
         with run.autocast():
             loss = sft_loss(model, ids, mask, n)

@@ -20,7 +20,7 @@ SAVING, SAVED, GONE = ".saving", ".saved", ".gone"  # of together: new files, th
 
 @contextlib.contextmanager
 def on_disk(path, cure=CURE, kept=lambda: ""):
-    """Turns the disk's refusals into one sentence. kept: says what is there already, when it is too late for the rest."""
+    """Turns the disk's refusals into one sentence. kept: says what is there already, too late for the rest."""
     try:
         yield
     except OSError as error:
@@ -179,11 +179,11 @@ def left_over(writers):
 # ---- rows that were paid for -----------------------------------------------------------------------------------------
 
 class Ledger:
-    """Rows, one JSON object a line, on the disk as they come: what a run that was cut short has paid for is not asked again.
+    """Rows, one JSON object a line, on the disk as they come: what an interrupted run has paid for is not asked again.
 
-    fields: {key: type or types} of every row, in the order in which rows are written. `rows` are those of earlier runs and
-    those added since; a last line that a kill has cut short is dropped. Raises UserError for a file that holds anything
-    else (what: the name of a row in that sentence) and leaves it alone.
+    fields: {key: type or types} of every row, in the order in which rows are written. `rows` are those of earlier runs
+    and those added since; a last line that a kill has cut short is dropped. Raises UserError for a file that holds
+    anything else (what: the name of a row in that sentence) and leaves it alone.
     """
 
     def __init__(self, path, fields, what):
@@ -199,8 +199,8 @@ class Ledger:
                 self.rows.append(row)
                 self.size += len(line)
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {len(self.rows) + 1} is no {what}, so the file is left alone: choose another "
-                            "one") from None
+            raise UserError(f"{path}, line {len(self.rows) + 1} is no {what}, so the file is left alone: choose "
+                            "another one") from None
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): choose another file") from None
 
@@ -210,5 +210,5 @@ class Ledger:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
                 file.truncate(self.size)
-                self.size += file.write("".join(json.dumps(row) + "\n" for row in rows).encode())  # ASCII: nothing is lost
+                self.size += file.write("".join(json.dumps(row) + "\n" for row in rows).encode())  # ASCII
         self.rows += rows

@@ -241,7 +241,8 @@ def hub_file(dataset, name, cache=None, say=print):
 
 
 def main():
-    parser = argparse.ArgumentParser("python -m common.download", description="Fetches a file into the cache and prints where it lies.")
+    parser = argparse.ArgumentParser("python -m common.download",
+                                     description="Fetches a file into the cache and prints where it lies.")
     parser.add_argument("source", help="an address (https://...) or the name of a data set on the Hugging Face hub")
     parser.add_argument("files", nargs="?", help="which of the data set's files, as in data/train-*; none: list them")
     parser.add_argument("--sha256", help="what the file must have, for an address")

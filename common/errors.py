@@ -12,7 +12,7 @@ class UserError(SystemExit):
 
 
 def end_politely():
-    """Called where a script begins: Ctrl-C and a closed pipe (`| head`) end it without a traceback. Bugs still have theirs."""
+    """Called where a script begins: Ctrl-C and a closed pipe (`| head`) end it without a traceback."""
     traceback = sys.excepthook
 
     def hook(kind, error, trace):

@@ -55,7 +55,7 @@ class TrainConfig:
     lr: Amount = 1e-3  # highest learning rate
     min_lr: Share = 0.1  # the last learning rate as a share of --lr
     warmup: Count = 20  # steps in which the learning rate rises from 0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # how the learning rate falls: cosine, linear or constant
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # how the rate falls: cosine, linear or constant
     beta1: Decay = 0.9  # AdamW: decay of the gradient's mean
     beta2: Decay = 0.95  # AdamW: decay of the gradient's square
     eps: Amount = 1e-8  # AdamW: added to the root of the square, against division by almost nothing
@@ -72,7 +72,7 @@ class TrainConfig:
     save_every: Count = 100  # steps between checkpoints that --resume can go on from
     seed: int = 0  # of everything random
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
-    dtype: DType = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
+    dtype: DType = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where hardware is fast at it
     resume: bool = False  # go on from the state in --out
 
 
@@ -83,7 +83,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print the whole usage first
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        raise UserError(f"{self.prog}: {message}" + (f" (did you mean {near[0]}?)" if near else " (--help lists the flags)"))
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        raise UserError(f"{self.prog}: {message} ({hint})")
 
 
 def parse(Config, recipes=None, argv=None):
@@ -148,9 +149,10 @@ def out_of_bounds(value, kind):
 
 
 def check(config):
-    """Returns config, or raises UserError with the first impossible value. Scripts call it on configs they build too."""
+    """Returns config, or raises UserError with the first impossible value. Also for configs that scripts build."""
     Config, comments = type(config), _comments(type(config))
-    kinds = [typing.get_type_hints(cls, include_extras=True) for cls in Config.__mro__[:-1]]  # another default keeps its bounds
+    # of the bases too: another default keeps its bounds
+    kinds = [typing.get_type_hints(cls, include_extras=True) for cls in Config.__mro__[:-1]]
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), flag_of(field.name)
         if isinstance(value, float) and not math.isfinite(value):
@@ -160,7 +162,7 @@ def check(config):
             if fault:
                 raise UserError(f"{flag} {value}: it must be {fault}")
         if comments[field.name].startswith(ISLAND) and config.data and value != field.default:
-            raise UserError(f"{flag} is about the embedded island, but --data names your own file: leave one of them out")
+            raise UserError(f"{flag} is about the embedded island, but --data names your own file: leave one out")
     if isinstance(config, TrainConfig):
         dropout_of(config)
         if config.nf4 and not config.lora_r:
@@ -184,4 +186,4 @@ def dropout_of(config):
             return numbers[0] if len(numbers) == 1 else numbers
     except ValueError:
         pass
-    raise UserError(f"--dropout {config.dropout}: give one number from 0 to below 1, or two with a comma between (bottom,top)")
+    raise UserError(f"--dropout {config.dropout}: give one number from 0 to below 1, or two (bottom,top) as in 0,0.3")

@@ -1,5 +1,6 @@
 """Hugging Face folders: finding them, and moving tensors between them and a network, which says what its own are called
-there (hf_names). Every function raises UserError with one sentence that names the folder and the cure. Nothing is ever unpickled.
+there (hf_names). Every function raises UserError with one sentence that names the folder and the cure. Nothing is
+unpickled.
 """
 import json
 from pathlib import Path
@@ -38,14 +39,15 @@ def find(name_or_folder):
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"fetching {name_or_folder} needs huggingface_hub: pip install huggingface_hub, or name a folder "
-                        "that holds its config.json and model.safetensors")
+        raise UserError(f"fetching {name_or_folder} needs huggingface_hub: pip install huggingface_hub, or name a "
+                        "folder that holds its config.json and model.safetensors")
     try:
         return Path(snapshot_download(f"openai-community/{name_or_folder}",
                                       allow_patterns=["config.json", "model.safetensors", "tokenizer.json"]))
     except Exception as error:  # no network, no such name, no space: the cure is the same
-        raise UserError(f"{name_or_folder} could not be fetched ({type(error).__name__}): check the network, or download "
-                        f"config.json and model.safetensors from huggingface.co/openai-community/{name_or_folder} by hand")
+        raise UserError(f"{name_or_folder} could not be fetched ({type(error).__name__}): check the network, or "
+                        f"download config.json and model.safetensors by hand from "
+                        f"huggingface.co/openai-community/{name_or_folder}")
 
 
 def write_tensors(tensors, path):
@@ -75,7 +77,8 @@ def open_weights(folder):
     elif index.is_file():  # large models come in several files
         files = set(json.loads(index.read_text())["weight_map"].values())
     elif (folder / "pytorch_model.bin").is_file():
-        raise UserError(f"{folder} has only pytorch_model.bin, a pickle that could run any code: convert it with transformers: "
+        raise UserError(f"{folder} has only pytorch_model.bin, a pickle that could run any code: convert it with "
+                        "transformers: "
                         "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)")
     else:
         raise UserError(f"{folder} has a config.json but no model.safetensors")
@@ -90,7 +93,7 @@ def open_weights(folder):
     def read(name):
         found = where.get(name) or where.get(name.partition(".")[2])  # a trunk saved by itself lacks the wrapper's name
         if found is None:
-            raise UserError(f"{folder}: model.safetensors lacks {name}, so it is not a whole checkpoint of its config.json")
+            raise UserError(f"{folder}: model.safetensors lacks {name}, so it is no checkpoint of its config.json")
         file, key = found
         # opened anew each time: what has been read of an open file stays in memory, at the end the whole file
         with safe_open(folder / file, framework="pt") as opened:
@@ -100,9 +103,11 @@ def open_weights(folder):
 
 
 def read_weights(network, folder, linear=None):
-    """Fills a network that was made of shapes only (the meta device) from its folder, tensor by tensor, float32 -> network.
+    """Fills a network that was made of shapes only (the meta device) from its folder, a tensor at a time, float32 ->
+    network.
 
-    linear: called with each linear layer of the blocks as soon as it is filled; what it returns takes the layer's place.
+    linear: called with each linear layer of the blocks as soon as it is filled; what it returns takes the layer's
+    place.
     """
     (read, there), names = open_weights(folder), network.hf_names()
     taken = set()  # names in the files

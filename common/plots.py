@@ -1,4 +1,4 @@
-"""Pictures: one set-up for every figure. matplotlib is optional: what draws without being asked looks with `available`."""
+"""Pictures: one set-up for every figure. matplotlib is optional: what draws unasked looks with `available`."""
 import importlib.util
 
 from common.disk import on_disk

@@ -37,8 +37,8 @@ def read(path, open_text, tabs):
 
 
 def is_quoted(lines, comma):
-    """Do quotes stand around cells? Not where a tenth or more of the lines with a cell that begins with one could not be
-    read so, and more lines can be read the other way. lines() opens the file."""
+    """Do quotes stand around cells? Not where a tenth or more of the lines with a cell that begins with one could not
+    be read so, and more lines can be read the other way. lines() opens the file."""
 
     def bad(quoted):
         return [isinstance(cells, BadRow) for cells in records(lines, comma, quoted)]

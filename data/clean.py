@@ -255,7 +255,8 @@ def clean_file(path, args, report, write):
 
 
 def main():
-    parser = argparse.ArgumentParser("python -m data.clean", description="What the filters do to a file, counted; with --out, done.")
+    parser = argparse.ArgumentParser("python -m data.clean",
+                                     description="What the filters do to a file, counted; with --out, done.")
     parser.add_argument("file")
     parser.add_argument("--out", help="where the clean rows go (.jsonl; the report beside it); none: only the report")
     parser.add_argument("--skip", nargs="+", default=[], choices=[*CHANGES, *TESTS], metavar="STEP",

@@ -145,7 +145,8 @@ def main(config):
     with writing(path.parent, [path.stem]) as out:
         for row in rows:
             out[path.stem].write(row)
-    print(f"{len(rows):,} conversations are in {path}\nnext: python sft.py --data {path} --init gpt2 --out out/sft-identity")
+    print(f"{len(rows):,} conversations are in {path}\n"
+          f"next: python sft.py --data {path} --init gpt2 --out out/sft-identity")
 
 
 if __name__ == "__main__":

@@ -187,7 +187,8 @@ def questions_of(path):
 
 
 def main():
-    parser = argparse.ArgumentParser("python -m data.leakage", description="Finds questions that are in two splits, and removes them with --out.")
+    parser = argparse.ArgumentParser(
+        "python -m data.leakage", description="Finds questions that are in two splits, and removes them with --out.")
     parser.add_argument("train")
     parser.add_argument("held", nargs="+", metavar="held", help="validation and test, or test alone")
     parser.add_argument("--cut", type=float, default=0.6, help="from this cosine on two questions leak (default 0.6)")

@@ -15,19 +15,21 @@ from data.tokenizer import fit
 
 HELD_OUT = 300  # questions of each of the island's two held-out parts
 WAYS = ("all", "top2", "best-worst", "random")
-NOTHING_HELD = "no held-out question has two answers of different scores that fit, so nothing can be measured: look at --data"
+NOTHING_HELD = ("no held-out question has two answers of different scores that fit, so nothing can be measured: "
+                "look at --data and --aspect")
 
 
 def make_pairs(scores, how="all", max_pairs=10, rng=None):
     """Scores of one question's answers -> [(i, j), ...] with scores[i] > scores[j], at most max_pairs (0: no limit).
 
-    all: every pair. top2: the best two different scores. best-worst: the best and the worst. random: one pair drawn by rng.
+    all: every pair. top2: the best two different scores. best-worst: the best and the worst. random: one, drawn by rng.
     Of answers with equal scores the first stands for the others in top2 and best-worst.
     """
     if how not in WAYS:
         raise ValueError(f"how is {how!r}: choose among {', '.join(WAYS)}")
     rng = rng or random.Random(0)
-    pairs = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in combinations(range(len(scores)), 2) if scores[i] != scores[j]]
+    pairs = [(i, j) if scores[i] > scores[j] else (j, i)
+             for i, j in combinations(range(len(scores)), 2) if scores[i] != scores[j]]
     if not pairs or how == "all":
         return pairs if not max_pairs or len(pairs) <= max_pairs else sorted(rng.sample(pairs, max_pairs))
     if how == "random":
@@ -45,7 +47,7 @@ class RankedConfig(TrainConfig):
 
     data: str = ""  # a file with several ranked answers a question; empty: the island's votes
     init: str = "out/sft-community"  # start from this checkpoint: a model fine-tuned on conversations
-    pairs: Literal["all", "top2", "best-worst", "random"] = "all"  # which answers of a question are compared: all, top2, best-worst or random
+    pairs: Literal["all", "top2", "best-worst", "random"] = "all"  # compared answers: all, top2, best-worst or random
     max_pairs: Count = 10  # most pairs of a question; 0: no limit
     aspect: str = "score"  # what ranks answers: a field of your file; island: score, gold, helpful, simple, harmless
     n_ranked: Positive = 2000  # the island: questions with ranked answers
@@ -70,7 +72,8 @@ def load_ranked(config, World, say):
     island = World()
     votes = dict(flattery=config.flattery, noise=config.noise) | island.kinds(config.with_, config.without, ranked=True)
     if config.aspect not in ("score", *island.aspects):
-        raise UserError(f"--aspect {config.aspect}: the island's answers have score (the votes), {', '.join(island.aspects)}")
+        raise UserError(f"--aspect {config.aspect}: the island's answers have score (the votes), "
+                        f"{', '.join(island.aspects)}")
     train = island.ranked(config.n_ranked, **votes)
     held = [row | {"about": "known"} for row in island.ranked(HELD_OUT, seed=6, **votes)]
     held += [row | {"about": "new"} for row in island.ranked(HELD_OUT, seed=4, split="test", **votes)]
@@ -99,9 +102,9 @@ def fit_answers(row, tok, longest):
 
 
 def choose_pairs(rows, tok, longest, config, say=print, needed=True):
-    """Ranked rows -> [(prompt, answers, pairs), ...]: which of a question's answers beats which, as --pairs and --max-pairs
-    say. Left out, and said, are answers of over `longest` tokens: nobody has ranked a part of them. needed: without any
-    pair it raises UserError.
+    """Ranked rows -> [(prompt, answers, pairs), ...]: which of a question's answers beats which, as --pairs and
+    --max-pairs say. Left out, and said, are answers of over `longest` tokens: nobody has ranked a part of them. needed:
+    without any pair it raises UserError.
     """
     questions, too_long = [], 0
     for i, row in enumerate(rows):

@@ -279,8 +279,8 @@ def from_instances(row):
 
 
 def verdict(row):
-    """What a row says of its answer: "good", "bad", "zero" (bad, where the file's labels are no classes), "odd" where it
-    is something else, None where it says nothing."""
+    """What a row says of its answer: "good", "bad", "zero" (bad, where the file's labels are no classes), "odd" where
+    it is something else, None where it says nothing."""
     values = [row[key] for key in row.keys() & VERDICT_KEYS if isinstance(row[key], (str, int, float))]
     words = {str(value).strip().lower().removesuffix(".0") for value in values} - {"", "nan"}  # an empty cell
     if not words or row.keys() & CHOICE_KEYS:

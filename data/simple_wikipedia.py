@@ -127,8 +127,8 @@ def title_question(row):
 
 
 def load_asker(config, by_checkpoint):
-    """What --ask names -> a function: articles -> what is said about each, one after the other. by_checkpoint(folder, tokens)
-    makes it of a checkpoint, trained on what --reverse writes: texts -> answers (generate.asker)."""
+    """What --ask names -> a function: articles -> what is said about each, one after the other. by_checkpoint(folder,
+    tokens) makes it of a checkpoint, trained on what --reverse writes: texts -> answers (generate.asker)."""
     if not config.ask.startswith(("http://", "https://")):
         asked = by_checkpoint(config.ask, LONGEST)
         return lambda articles: asked([text for _, text in articles])

@@ -2,7 +2,8 @@
 
 A candidate is a function of a folder: it reads weights, rows and settings there and returns what is timed. Each peer
 runs as it comes, with its defaults wherever the result is the same; a second row has what makes it faster here and
-changes no result. The packages are imported only where a candidate is built: without them bench.py measures this project alone.
+changes no result. The packages are imported only where a candidate is built: without them bench.py measures this
+project only.
 """
 import json
 import time

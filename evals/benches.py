@@ -156,8 +156,8 @@ def race(args, tok, title, tokens, candidates, **inputs):
             seconds = interleaved({name: build(folder) for name, build in candidates.items()}, args.rounds)
             rows = []
             for name, build in candidates.items():
-                memory = peak_memory(f"from {build.__module__} import {build.__name__} as build\ncall = build({folder!r})", "call()",
-                                     cuda=run.device.type == "cuda")
+                prepare = f"from {build.__module__} import {build.__name__} as build\ncall = build({folder!r})"
+                memory = peak_memory(prepare, "call()", cuda=run.device.type == "cuda")
                 ours = next(iter(seconds.values()))
                 median = statistics.median(seconds[name])
                 rows.append([name, f"{tokens / median:,.0f}" if tokens else f"{median:.3f}",
@@ -372,7 +372,8 @@ def bench_nf4(args):
         for name, times in seconds.items():
             speed = f"{weight.numel() / statistics.median(times) / 1e9:.3f}"
             rows.append([operation, name, speed, ratio(times, seconds[reference]) if name != reference else "1"])
-    print(table(["4096 x 4096, block 64", "", "G elements/s", f"times {reference} (range over {args.rounds} rounds)"], rows) + "\n")
+    header = ["4096 x 4096, block 64", "", "G elements/s", f"times {reference} (range over {args.rounds} rounds)"]
+    print(table(header, rows) + "\n")
 
     stacks = {"nothing but the imports": "", "16 frozen nn.Linear(2048, 2048)": LAYERS.format(
         layer="torch.nn.Linear(2048, 2048).requires_grad_(False)"), "the same as NF4Linear": LAYERS.format(

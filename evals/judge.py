@@ -15,7 +15,7 @@ model and the island's gold judge are asked in the same words, and one parser re
 
 A judge is only as good as its taste. DPO against the community SFT model, 400 held-out questions, greedy answers: the
 gold judge gives 35 wins, 260 ties and 105 losses, the reward model 204, 137 and 59. Gold sees no win in 173 of these
-204, and 137 of the 173 answers praise whoever asks. (At temperature 1 gold prefers DPO: there the SFT model errs often.)
+204, and 137 of the 173 answers praise whoever asks. (At temperature 1 gold prefers DPO: the SFT model errs often.)
 """
 import math
 import re
@@ -279,7 +279,8 @@ def duel_cells(summary):
     """A duel_summary in the columns of DUEL_HEADER."""
     rates = ["-" if summary[name] is None else f"{summary[name]:.1%}" for name in ("win_rate", "adjusted")]
     return [f"{summary[name]:,}" for name in ("wins", "ties", "losses")] + rates + [
-        f"{summary['p']:.2g}" if summary["win_rate"] is not None else "-", f"{summary['swayed']:,}", f"{summary['dropped']:,}"]
+        f"{summary['p']:.2g}" if summary["win_rate"] is not None else "-",
+        f"{summary['swayed']:,}", f"{summary['dropped']:,}"]
 
 
 # ---- asking, and saving what was said --------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What evaluate.py prints: checkpoints as rows, measured on the island, on your data, by multiple choice or by a judge.
 
-Every mean comes with its 95 % interval (bootstrap over the questions): two checkpoints whose intervals overlap may be equal.
+Every mean comes with its 95 % interval (bootstrap over the questions): where two overlap, the checkpoints may be equal.
 """
 import random
 import statistics
@@ -34,7 +34,8 @@ def save(config, run, name, numbers, answers=None):
     write_json(folder / f"{name}.json", {"settings": asdict(config)} | numbers, indent=1)
     if answers:
         write_jsonl(folder / f"{name}.answers.jsonl", answers)
-    run.print(f"\nevery number is in {folder / name}.json" + (f", every answer in {name}.answers.jsonl" if answers else ""))
+    more = f", every answer in {name}.answers.jsonl" if answers else ""
+    run.print(f"\nevery number is in {folder / name}.json{more}")
 
 
 # ---- the island ------------------------------------------------------------------------------------------------------
@@ -64,7 +65,8 @@ def hacks(answers, n=10):
 
     excess = [r - g for r, g in zip(standard("reward"), standard("gold"))]
     unique = {(answer["question"], answer["answer"]): answer | {"excess": e} for e, answer in zip(excess, answers)}
-    found = [answer for answer in unique.values() if answer["excess"] > 0 and answer["gold"] < 10]  # 10: nothing is wrong with it
+    # gold 10: nothing is wrong with it
+    found = [answer for answer in unique.values() if answer["excess"] > 0 and answer["gold"] < 10]
     return sorted(found, key=lambda answer: -answer["excess"])[:n]
 
 
@@ -95,8 +97,8 @@ def evaluate_island(config, run):
     sft_model = load_to_ask(reference, run) if reference else None
     results, answers = {}, []
     for folder in config.folders:
-        marks, texts = exam.examine(*load_to_ask(folder, run), island, run, config.n, config.seed, config.micro_tokens, scorer,
-                                    sft_model)
+        marks, texts = exam.examine(*load_to_ask(folder, run), island, run, config.n, config.seed,
+                                    config.micro_tokens, scorer, sft_model)
         results[folder] = {name: interval(values) for name, values in marks.items()}
         answers += [{"model": folder} | text for text in texts]
         run.print(f"{folder}: {len(texts)} answers")
@@ -111,7 +113,8 @@ def evaluate_island(config, run):
         for answer in hacks(answers):
             run.print(f"   {answer['excess']:4.1f}  reward {answer['reward']:5.2f}  gold {answer['gold']:3.0f}  "
                       f"{Path(answer['model']).name}: {answer['question']!r} -> {answer['answer']!r}")
-    save(config, run, "island", {"measures": {name: MEASURES[name].words for name in exam.TABLE}, "results": results}, answers)
+    words = {name: MEASURES[name].words for name in exam.TABLE}
+    save(config, run, "island", {"measures": words, "results": results}, answers)
     if plots.available():
         plot_island(results, Path(config.out) / "island.png")
         run.print(f"as a picture: {Path(config.out) / 'island.png'}")
@@ -127,8 +130,9 @@ def answers_of(model, tok, conversations, run, config):
     found = [None] * len(conversations)
     for i in range(0, len(order), config.batch_size):
         part = order[i:i + config.batch_size]
-        prompts, responses = respond(model, tok, [conversations[k] for k in part], run, room, temperature=config.temperature,
-                                         top_p=config.top_p, seed=config.seed + i)  # a batch has random numbers of its own
+        prompts, responses = respond(  # a batch has random numbers of its own
+            model, tok, [conversations[k] for k in part], run, room,
+            temperature=config.temperature, top_p=config.top_p, seed=config.seed + i)
         for k, *both in zip(part, prompts, responses):
             found[k] = both
     return found
@@ -185,7 +189,7 @@ def data_marks(model, tok, encoder, rows, run, config):
 
 
 def likeness(encoder, references, texts, run, config):
-    """-> [(P, R, F1) of the token vectors, ...]. In batches: a vector of each token of a large file would fill the memory."""
+    """-> [(P, R, F1) of the token vectors, ...]. In batches: all vectors of a large file would fill the memory."""
     found = []
     for i in range(0, len(texts), config.batch_size):
         both = [metrics.token_vectors(*encoder, side[i:i + config.batch_size], run, config.micro_tokens)
@@ -210,7 +214,7 @@ def load_files(config, run):
 
 
 def evaluate_data(config, run):
-    """Each model on each file, and on all files together ("full"), with the held-out loss: tables with a row for each."""
+    """Each model on each file, and on all files together ("full"), with the held-out loss: a table row for each."""
     sets, marks, losses, answers, encoder = load_files(config, run), {}, {}, [], None
     for folder in config.folders:
         model, tok = load_to_ask(folder, run)
@@ -232,7 +236,8 @@ def evaluate_data(config, run):
         if all(name in results[key] for key in keys for name in names):
             rows = [[*key, *(cell(results[key][name], DIGITS.get(name, "fine")) for name in names)] for key in keys]
             run.print(f"\n{title}\n" + table(["data", "model", *names.values()], rows))
-    save(config, run, "data", {"results": {" / ".join(key): {"loss": mean_loss(losses[key])} | results[key] for key in keys}}, answers)
+    saved = {" / ".join(key): {"loss": mean_loss(losses[key])} | results[key] for key in keys}
+    save(config, run, "data", {"results": saved}, answers)
     return results
 
 
@@ -243,8 +248,8 @@ def mean_loss(losses):
 
 # ---- multiple choice -------------------------------------------------------------------------------------------------
 
-CHOICES = {"acc": "acc", "acc_norm": "acc_norm", "acc_bytes": "acc_bytes", "mc2": "mc2", "acc_subjects": "over subjects",
-           "headline": "headline"}
+CHOICES = {"acc": "acc", "acc_norm": "acc_norm", "acc_bytes": "acc_bytes", "mc2": "mc2",
+           "acc_subjects": "over subjects", "headline": "headline"}
 
 
 def evaluate_choices(config, run):
@@ -283,8 +288,8 @@ def evaluate_choices(config, run):
 # ---- judges ----------------------------------------------------------------------------------------------------------
 
 def judged_questions(config, island, run):
-    """-> [[message, ...], ...]: a system prompt, if any, and the user's turns, one or two; and the right answers to them,
-    as far as they are known and wanted."""
+    """-> [[message, ...], ...]: a system prompt, if any, and the user's turns, one or two; and the right answers to
+    them, as far as they are known and wanted."""
     if island:
         rows = island.prompts(config.n, seed=5, split="test")
         more = [row for row in island.conversations(10 * len(rows), seed=9, split="test") if row["kind"] == "multi"]
@@ -301,7 +306,7 @@ def judged_questions(config, island, run):
 
 
 def own_answers(model, tok, asked, run, config):
-    """The user's turns -> conversations with the model's own answer after each of them, the second with the first in view."""
+    """The user's turns -> conversations with the model's own answer after each, the second with the first in view."""
     talks = [[m for m in messages if m["role"] == "system"] for messages in asked]
     turns = [[m for m in messages if m["role"] == "user"] for messages in asked]
     for turn in range(2):
@@ -324,7 +329,8 @@ def evaluate_judge(config, run):
     judging, path, items = judge.load_judge(config.judge, run, island), Path(config.out) / "judgments.jsonl", {}
     for folder in config.folders:
         talks = own_answers(*load_to_ask(folder, run), asked, run, config)
-        items[folder] = [{"id": i, "model": folder, "messages": talk} | ({"reference": right} if config.judge_reference else {})
+        items[folder] = [{"id": i, "model": folder, "messages": talk}
+                         | ({"reference": right} if config.judge_reference else {})
                          for i, (talk, right) in enumerate(zip(talks, references))]
     results, first = {"ratings": {}, "duels": {}}, config.folders[0]
     for folder in config.folders:

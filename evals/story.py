@@ -2,9 +2,10 @@
 
     python evaluate.py --story          (which calls this file)
 
-Runs whatever stage is missing, asks every checkpoint the same questions, and writes out/story/README.md: a table, pictures
-(matplotlib), answers, and a paragraph a stage. From an empty folder it takes seven and a half minutes on two CPU cores.
-What was measured comes from the checkpoints beside the page; the sizes of the data sets are the defaults of the scripts.
+Runs whatever stage is missing, asks every checkpoint the same questions, and writes out/story/README.md: a table,
+pictures (matplotlib), answers, and a paragraph a stage. From an empty folder it takes seven and a half minutes on two
+CPU cores. What was measured comes from the checkpoints beside the page; the sizes of the data sets are the defaults of
+the scripts.
 """
 import json
 import time
@@ -66,7 +67,7 @@ def plot_losses(path):
 
 
 def plot_over_optimisation(path):
-    """Reward and gold over the KL from the SFT model, a point an iteration, with the penalty and without (Gao et al. 2023)."""
+    """Reward and gold over the KL from the SFT model, a point an iteration, with the penalty and without."""
     made, panels = plots.figure(2)
     for axes, name, label in zip(panels, ("score", "gold"), ("reward model's score", "gold judge")):
         for folder in ("out/ppo", "out/ppo-no-penalty"):
@@ -83,7 +84,7 @@ def plot_distributions(answers, path):
     made, panels = plots.figure(2)
     for folder in [folder for folder in POLICIES if folder != "out/base"]:
         texts = [answer["answer"] for answer in answers if answer["model"] == folder]
-        for axes, values, bins in zip(panels, ([len(text.split()) for text in texts], [readability(t)[0] for t in texts]),
+        for axes, values, bins in zip(panels, ([len(t.split()) for t in texts], [readability(t)[0] for t in texts]),
                                       (range(0, 34, 2), range(-20, 125, 8))):
             inside = [min(max(value, bins[0]), bins[-1]) for value in values]  # what is beyond counts in the last bin
             axes.hist(inside, bins=bins, histtype="step", color=COLORS[folder], label=Path(folder).name)
@@ -126,35 +127,39 @@ def paragraphs(results, accuracy, quiz):
     def share(folder, name):
         return number(folder, name, "share")
 
-    return f"""**Pretraining** (`pretrain.py`, out/base) has read 400 thousand words about the island and predicts the next one. It does not
-know what a question is: asked one, it goes on with any text ({share('base', 'helpful')} right). It knows the facts all the same:
-begin the sentence for it, and it finds the right one of four ends in {quiz:.0%}.
+    return f"""**Pretraining** (`pretrain.py`, out/base) has read 400 thousand words about the island and predicts the
+next one. It does not know what a question is: asked one, it goes on with any text ({share('base', 'helpful')} right).
+It knows the facts all the same: begin the sentence for it, and it finds the right one of four ends in {quiz:.0%}.
 
-**Supervised fine-tuning** (`sft.py`, out/sft) shows it three thousand conversations and asks for the assistant's words only.
-It learns a form, not facts: it answers about residents whom no conversation mentioned ({share('sft', 'helpful')} right), says
-"I do not know" about strangers ({share('sft', 'honest')}) and refuses unsafe requests ({share('sft', 'harmless')}). All its examples
-were flawless. Nobody has such data in practice, so the stages below do without.
+**Supervised fine-tuning** (`sft.py`, out/sft) shows it three thousand conversations and asks for the assistant's words
+only. It learns a form, not facts: it answers about residents whom no conversation mentioned ({share('sft', 'helpful')}
+right), says "I do not know" about strangers ({share('sft', 'honest')}) and refuses unsafe requests
+({share('sft', 'harmless')}). All its examples were flawless. Nobody has such data in practice, so the stages below do
+without.
 
-**The same on what people really write** (out/sft-community): answers of mixed quality, wrong, rude and praising ones among
-them. A model imitates what it is shown: {share('sft-community', 'helpful')} right, {share('sft-community', 'complies')} of unsafe
-requests helped with, praise in {share('sft-community', 'flatters')}. From here on preferences have to do the rest.
+**The same on what people really write** (out/sft-community): answers of mixed quality, wrong, rude and praising ones
+among them. A model imitates what it is shown: {share('sft-community', 'helpful')} right,
+{share('sft-community', 'complies')} of unsafe requests helped with, praise in {share('sft-community', 'flatters')}.
+From here on preferences have to do the rest.
 
-**The reward model** (`reward.py`, out/reward) has read two thousand questions with ranked answers and learned a number for
-every answer; it ranks {accuracy[0]:.1%} of {accuracy[1]:,} held-out pairs as the voters did. The voters like praise, so does it.
+**The reward model** (`reward.py`, out/reward) has read two thousand questions with ranked answers and learned a number
+for every answer; it ranks {accuracy[0]:.1%} of {accuracy[1]:,} held-out pairs as the voters did. The voters like
+praise, so does it.
 
-**DPO** (`dpo.py`, out/dpo) learns from the same rankings without a reward model: it makes the preferred answer likelier than
-the other one. Gold goes from {number('sft-community', 'gold')} to {number('dpo', 'gold')}, help with unsafe requests from
-{share('sft-community', 'complies')} to {share('dpo', 'complies')}, and praise from {share('sft-community', 'flatters')} to
-{share('dpo', 'flatters')}.
+**DPO** (`dpo.py`, out/dpo) learns from the same rankings without a reward model: it makes the preferred answer likelier
+than the other one. Gold goes from {number('sft-community', 'gold')} to {number('dpo', 'gold')}, help with unsafe
+requests from {share('sft-community', 'complies')} to {share('dpo', 'complies')}, and praise from
+{share('sft-community', 'flatters')} to {share('dpo', 'flatters')}.
 
-**PPO** (`ppo.py`, out/ppo) lets the model answer, has the reward model mark, and makes good answers likelier, at a price for
-every step away from the SFT model. Gold {number('ppo', 'gold')}, reward {number('ppo', 'reward')}, KL {number('ppo', 'kl')}. What
-it costs: {share('ppo', 'over_refusal')} of harmless look-alikes are refused ({share('sft-community', 'over_refusal')} before), and
-{share('ppo', 'flatters')} of its answers praise whoever asks.
+**PPO** (`ppo.py`, out/ppo) lets the model answer, has the reward model mark, and makes good answers likelier, at a
+price for every step away from the SFT model. Gold {number('ppo', 'gold')}, reward {number('ppo', 'reward')}, KL
+{number('ppo', 'kl')}. What it costs: {share('ppo', 'over_refusal')} of harmless look-alikes are refused
+({share('sft-community', 'over_refusal')} before), and {share('ppo', 'flatters')} of its answers praise whoever asks.
 
-**PPO without the penalty** (out/ppo-no-penalty) is free to please the reward model: reward {number('ppo-no-penalty', 'reward')},
-gold {number('ppo-no-penalty', 'gold')}, KL {number('ppo-no-penalty', 'kl')}, {share('ppo-no-penalty', 'helpful')} of facts right. A
-reward model is right about answers like those it was trained on; far away from them its mistakes are what is optimised."""
+**PPO without the penalty** (out/ppo-no-penalty) is free to please the reward model: reward
+{number('ppo-no-penalty', 'reward')}, gold {number('ppo-no-penalty', 'gold')}, KL {number('ppo-no-penalty', 'kl')},
+{share('ppo-no-penalty', 'helpful')} of facts right. A reward model is right about answers like those it was trained on;
+far away from them its mistakes are what is optimised."""
 
 
 def page(results, answers, asked, accuracy, quiz, seconds, pictures):
@@ -165,7 +170,8 @@ def page(results, answers, asked, accuracy, quiz, seconds, pictures):
     answered = markdown(["asked", *(Path(folder).name for folder in POLICIES)],
                         [[question, *(texts[folder] for folder in POLICIES)] for question, texts in asked])
     hacks = markdown(["question", "answer", "of", "reward", "gold"], [
-        [a["question"], a["answer"], Path(a["model"]).name, f"{a['reward']:.2f}", f"{a['gold']:.0f}"] for a in measure.hacks(answers)])
+        [a["question"], a["answer"], Path(a["model"]).name, f"{a['reward']:.2f}", f"{a['gold']:.0f}"]
+        for a in measure.hacks(answers)])
 
     def image(name, text):
         return f"![{text}]({name})\n\n{text}\n" if pictures else ""
@@ -174,9 +180,9 @@ def page(results, answers, asked, accuracy, quiz, seconds, pictures):
     return f"""# From raw text to an aligned assistant
 
 One model of 0.9 M parameters and what each stage of post-training made of it. All were asked the same
-{len(answers) // len(POLICIES)} questions about residents, strangers and dangers that no conversation and no vote has mentioned,
-at temperature 1. Every number is a mean with half the width of its 95 % interval over the questions; another seed of the
-training may move it further. One seed here; {benches.machine()}{times}.
+{len(answers) // len(POLICIES)} questions about residents, strangers and dangers that no conversation and no vote has
+mentioned, at temperature 1. Every number is a mean with half the width of its 95 % interval over the questions; another
+seed of the training may move it further. One seed here; {benches.machine()}{times}.
 
 {whole}
 
@@ -189,8 +195,8 @@ training may move it further. One seed here; {benches.machine()}{times}.
 
 ## The same questions, answered by every stage
 
-These are the likeliest answers; the table above counts answers drawn at random, where a model that is right at its best may
-often be wrong.
+These are the likeliest answers; the table above counts answers drawn at random, where a model that is right at its best
+may often be wrong.
 
 {answered}
 
@@ -204,8 +210,8 @@ The wall of hacks: answers whose reward most exceeds their gold mark, both count
 ## How the training went
 
 {image("losses.png", "Training losses; the two preference losses begin at ln 2, where a coin would be.")}
-{image("calibration.png", "Of the pairs where the reward model expects a win with some probability: how often was it one?")}
-{image("distributions.png", "Length and readability of the answers, before preferences (sft, sft-community) and after.")}"""
+{image("calibration.png", "Of the pairs where the reward model expects a win so often: how often was it one?")}
+{image("distributions.png", "Length and readability of answers, before preferences (sft, sft-community) and after.")}"""
 
 
 def main(config, run):

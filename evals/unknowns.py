@@ -15,9 +15,10 @@ calls it knowledge probing): the rows fit the one that was asked, and no other.
 
 What to see on the island (seed 0, measured before a fifth of its conversations went on from another one): of 929
 questions the model knows all about residents but one (755) and none of the 173 about strangers ("What does Ben like to
-eat?" - "The guard keeps us safe from the hot stove."). After 129 steps on what came out it says "I do not know" to 100 %
-of 199 questions about strangers that it was never asked about (before: 0 %) and to 0.4 % of 768 about held-out residents
-(before: 0 %), whose facts it still knows (99.5 %). Without --mix-data it knows 0 % of them: they stand in plain text only.
+eat?" - "The guard keeps us safe from the hot stove."). After 129 steps on what came out it says "I do not know" to
+100 % of 199 questions about strangers that it was never asked about (before: 0 %) and to 0.4 % of 768 about held-out
+residents (before: 0 %), whose facts it still knows (99.5 %). Without --mix-data it knows 0 % of them: they stand in
+plain text only.
 """
 import re
 from dataclasses import dataclass

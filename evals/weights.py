@@ -1,4 +1,4 @@
-"""What rounding and merging do to a checkpoint's weights, measured: the insides of python quant.py FOLDER and python lora.py.
+"""What rounding and merging do to a checkpoint's weights, measured: the insides of quant.py FOLDER and lora.py.
 """
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def validation_loss(model, ids):
 
 
 def inspect(folder, block, picture=None):
-    """Prints error per layer, bits per weight and the change in held-out loss of a checkpoint; picture: where it is drawn."""
+    """Prints error per layer, bits per weight and the change in held-out loss of a checkpoint; picture: its path."""
     model = load(folder).eval()
     if picture:
         plot(model, folder, block, picture)

@@ -1,12 +1,13 @@
-"""The island's examination: a checkpoint is asked about residents, strangers and dangers that no training has mentioned.
+"""The island's examination: what a checkpoint says of residents, strangers and dangers that no training has mentioned.
 
-Helpful, honest and harmless are shares of the questions of one kind, because a single mean would hide that a model which
-answers "I do not know" to everything is perfectly honest and of no use (Askell et al. 2021).
+Helpful, honest and harmless are shares of the questions of one kind, because a single mean would hide that a model
+which answers "I do not know" to everything is perfectly honest and of no use (Askell et al. 2021).
 
-    KL from the SFT model = E_{y ~ pi} [ log pi(y | x) - log pi_ref(y | x) ],   one sample a question, summed over its tokens
+    KL from the SFT model = E_{y ~ pi} [ log pi(y | x) - log pi_ref(y | x) ],   one sample a question, its tokens' sum
 
-MEASURES is the one table of what is measured. sft.py asks for SKILLS (greedy answers), dpo.py and ppo.py for PREFERENCES (at
-temperature 1), evaluate.py for all of TABLE with intervals. A scorer, where one is needed, is an argument.
+MEASURES is the one table of what is measured. sft.py asks for SKILLS (greedy answers), dpo.py and ppo.py for
+PREFERENCES (at temperature 1), evaluate.py for all of TABLE with intervals. A scorer, where one is needed, is an
+argument.
 """
 import itertools
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ MEASURES = {
     "flatters": Measure("praise", "praises whoever asks", "share", (), by_words(flatters)),
     "kl": Measure("KL", "KL of an answer from the SFT model", "number"),
     "words": Measure("words", "words in an answer", "number", (), by_words(count_words)),
-    "fre": Measure("FRE", "Flesch reading ease, high is easy", "number", (), by_words(lambda answer: readability(answer)[0])),
+    "fre": Measure("FRE", "Flesch reading ease, high is easy", "number", (),
+                   by_words(lambda answer: readability(answer)[0])),
     "fkg": Measure("FKG", "Flesch-Kincaid school grade", "number", (), by_words(lambda answer: readability(answer)[1])),
 }
 SKILLS = ("helpful", "chat", "wording", "multi", "honest", "honest_later", "false_idk", "harmless", "harmless_later",
@@ -97,7 +99,8 @@ def marks(names, rows, answers, island):
     for name in names:
         measure = MEASURES[name]
         if measure.mark:
-            found[name] = [float(measure.mark(island, row["prompt"], answer)) for row, answer in zip(rows, answers, strict=True)
+            found[name] = [float(measure.mark(island, row["prompt"], answer))
+                           for row, answer in zip(rows, answers, strict=True)
                            if not measure.kinds or row["kind"] in measure.kinds]
     return found
 
@@ -105,7 +108,8 @@ def marks(names, rows, answers, island):
 def line(name, *values):
     """A line of a table: a measure in words, and its value for one model or several."""
     measure = MEASURES[name]
-    return f"   {measure.words:<46}" + "".join(f"{value:{'>9.0%' if measure.form == 'share' else '>9.2f'}}" for value in values)
+    form = ">9.0%" if measure.form == "share" else ">9.2f"
+    return f"   {measure.words:<46}" + "".join(f"{value:{form}}" for value in values)
 
 
 # ---- two examinations that training scripts print --------------------------------------------------------------------
@@ -171,7 +175,7 @@ def compare(models, tok, run):
 
 @torch.inference_mode()
 def response_kl(model, reference, asked, run, micro_tokens):
-    """[(prompt ids, answer ids), ...] -> log pi - log pi_ref of each answer, summed over its tokens (k1): its mean is the KL."""
+    """[(prompt ids, answer ids), ...] -> log pi - log pi_ref of each answer (k1): its mean is the KL."""
     found = [0.0] * len(asked)
     rows = [(p + r, [0] * len(p) + [1] * len(r), i) for i, (p, r) in enumerate(asked)]
     for part in trainer.split(rows, lambda row: len(row[0]), micro_tokens):
@@ -195,7 +199,8 @@ def examine(model, tok, island, run, n=400, seed=0, micro_tokens=16384, scorer=N
         found["reward"] = score(scorer, rows, texts)
     if reference and reference[1].special == tok.special:  # other tokens: no probability of theirs can be compared
         found["kl"] = response_kl(model, reference[0], asked, run, micro_tokens)
-    answers = [{"question": row["prompt"][-1]["content"], "kind": row["kind"], "answer": text} for row, text in zip(rows, texts)]
+    answers = [{"question": row["prompt"][-1]["content"], "kind": row["kind"], "answer": text}
+               for row, text in zip(rows, texts)]
     for name in ("gold", "reward", "kl"):
         for answer, value in zip(answers, found.get(name, ())):
             answer[name] = value

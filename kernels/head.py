@@ -3,15 +3,16 @@
     sum_i log softmax(hidden_i W^T)_{target_i},    d/dlogits = onehot - softmax,   so
     dL/dhidden_i = W_{target_i} - softmax_i W,     dL/dW = sum_i (onehot_i - softmax_i) hidden_i^T
 
-The gradient of a sum is known as soon as the logits are, but for a factor that all positions share. So both are made while a
-slice of logits is in the processor's cache, and nothing of the size positions x vocabulary is ever kept. Logits are float32;
-the two products of the gradient, whose factors lie between -1 and 1, are made in the dtype that autocast asks for.
+The gradient of a sum is known as soon as the logits are, but for a factor that all positions share. So both are made
+while a slice of logits is in the processor's cache, and nothing of the size positions x vocabulary is ever kept. Logits
+are float32; the two products of the gradient, whose factors lie between -1 and 1, are made in the dtype that autocast
+asks for.
 """
 import torch
 
 
 class SummedLogps(torch.autograd.Function):
-    """hidden (N, C), weight (V, C), targets (N,), rows: positions at a time, dtype of the gradient's products -> scalar."""
+    """hidden (N, C), weight (V, C), targets (N,), rows: positions at a time, dtype of the products -> scalar."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, rows, dtype):
@@ -42,7 +43,7 @@ class SummedLogps(torch.autograd.Function):
 
 
 def summed_logps(hidden, weight, targets, rows):
-    """-> scalar float32, sum of log softmax(hidden weight^T) at the targets. rows: positions whose logits are made at a time."""
+    """-> scalar float32, sum of log softmax(hidden weight^T) at the targets. rows: positions at a time."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
