@@ -270,14 +270,14 @@ def test_evaluate_counts_every_pair_once_and_ties_as_wrong():
 
 @pytest.mark.parametrize("micro_tokens", [1, 60, 200])
 def test_many_small_parts_equal_one_batch(micro_tokens):
-    pairs, config, grads = examples(), dpo.Config(), []
+    pairs, grads, numbers = examples(), [], []
     for tokens in (micro_tokens, 10**6):
         model = tiny()
-        parts = trainer.split(pairs, dpo.pair_width, tokens)
-        for part in parts:
-            (dpo.forward(model, part, RUN, config)[0] * len(part) / len(pairs)).backward()
+        numbers.append(dpo.dpo_step(model, pairs, dpo.Config(micro_tokens=tokens), RUN))
         grads.append([p.grad for p in model.parameters()])
+        parts = trainer.split(pairs, dpo.pair_width, tokens)
         assert sum(map(len, parts)) == 13 and (len(parts) == 1) == (tokens == 10**6)
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4), "a mean of means in what is logged"
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads)), \
         "a mean of means: the parts have different numbers of pairs"
     sizes = {len(part) for part in trainer.split(pairs, dpo.pair_width, 200)}

@@ -59,6 +59,8 @@ def test_gae_equals_the_double_sum(gamma, lam):
                 "values are off by one, or one follows the end"
             assert returns[b, t].item() == pytest.approx(float(total + values[b, t]), abs=1e-5)
     assert not advantages[MASK == 0].any() and not returns[MASK == 0].any(), "prompt and padding have advantages"
+    default = ppo.gae(rewards, values, MASK)[0]
+    assert torch.equal(default, ppo.gae(rewards, values, MASK, gamma=1.0, lam=0.95)[0]), "by default gamma is 1 and lambda 0.95"
 
 
 def test_gae_hand_worked():
@@ -119,11 +121,14 @@ def test_policy_loss_clips_on_the_right_side_only(ratio, advantage, expected, mo
     assert bool(logps.grad[0, 0] != 0) == moves == (clipfrac.item() == 0) and logps.grad[0, 1] == 0
 
 
-def test_value_loss_hand_worked():
+@pytest.mark.parametrize("sign", [1, -1])  # a value that rises too far, and one that falls too far
+def test_value_loss_hand_worked_is_clipped_on_both_sides(sign):
     values, old, returns = torch.tensor([[1.0, 0.5, 9.0]]), torch.tensor([[0.0, 0.4, 0.0]]), torch.tensor([[2.0, 1.0, 0.0]])
     mask = torch.tensor([[1.0, 1.0, 0.0]])
     # clipped value 0.2: max((1 - 2)^2, (0.2 - 2)^2) = 3.24;   within the clip: (0.5 - 1)^2 = 0.25
-    assert ppo.value_loss(values, old, returns, mask, 0.2).item() == pytest.approx(0.5 * (3.24 + 0.25) / 2)
+    loss = ppo.value_loss(sign * values, sign * old, sign * returns, mask)  # clipped by 0.2, as it should be by default
+    assert loss.item() == pytest.approx(0.5 * (3.24 + 0.25) / 2), \
+        "the smaller of the two was taken, or the value is clipped on one side only"
 
 
 # ---- the KL ----------------------------------------------------------------------------------------------------------
@@ -144,6 +149,8 @@ def test_k1_sums_over_the_response_and_k3_averages_over_tokens():
     assert torch.allclose(ppo.kl_k1(logps, ref, MASK), torch.tensor([1.5, 1.5])), \
         "k1 of a response is a sum, over the mask"
     assert ppo.kl_k3(logps, ref, MASK).item() == pytest.approx(math.exp(-0.5) - 0.5), "k3 is a mean over tokens"
+    far = torch.where(MASK == 1, ref, torch.tensor(1000.0))  # exp of it is infinite, and infinity times a mask of 0 is NaN
+    assert ppo.kl_k3(logps, far, MASK).item() == pytest.approx(math.exp(-0.5) - 0.5), "what stands outside the mask counts"
 
 
 def test_adapted_beta():

@@ -14,8 +14,9 @@ import torch
 import generate as generating
 import lora
 from checkpoints import load
-from pretrain import next_token_loss
+import pretrain
 import sft
+from pretrain import next_token_loss
 import trainer
 from island.world import Island
 from data import files
@@ -53,6 +54,8 @@ def test_masked_loss_is_the_mean_over_the_mask():
     assert sft.masked_loss(probs.log() + 5, targets, mask).item() == pytest.approx(expected, rel=1e-5), \
         "logits are no log-probs"
     assert sft.masked_loss(probs.log(), targets, mask, n=8).item() == pytest.approx(expected * 2 / 8, rel=1e-6)
+    low = probs.log().bfloat16()
+    assert sft.masked_loss(low, targets, mask).item() == sft.masked_loss(low.float(), targets, mask).item(), "rounded to bfloat16"
 
 
 def test_masked_loss_gradient_is_softmax_minus_one_hot_and_exactly_zero_elsewhere():
@@ -143,8 +146,46 @@ def test_empty_mask_is_zero_with_a_zero_gradient():
     assert loss.item() == 0 and logits.grad is not None and not logits.grad.any(), \
         "0 / 0: nothing to learn from is no NaN"
     model = tiny()
-    sft.sft_loss(model, torch.ones(2, 6, dtype=torch.long), torch.zeros(2, 6)).backward()
-    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    loss = sft.sft_loss(model, torch.ones(2, 6, dtype=torch.long), torch.zeros(2, 6))
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("micro_tokens", [10, 40, 10**6])  # a window at a time, two of five, all
+def test_plain_text_beside_another_loss_is_the_weighted_mean_over_its_windows(micro_tokens, monkeypatch):
+    text, drawn, draw = torch.arange(200) * 37 % TOK.vocab_size, [], pretrain.text_windows
+    monkeypatch.setattr(pretrain, "text_windows", lambda *args, **settings: drawn.append(draw(*args, **settings)) or drawn[-1])
+    config = sft.Config(mix=0.3, mix_rows=5, micro_tokens=micro_tokens, seed=2)
+    model, whole = tiny(block_size=16), tiny(block_size=16)
+    loss = pretrain.mix_step(model, text, 7, config, RUN)
+    assert drawn[0].shape == (5, 17)  # one more than the context: the last is only a target
+    expected = -0.3 * whole(drawn[0][:, :-1]).log_softmax(-1).gather(2, drawn[0][:, 1:, None]).mean()
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5), "--mix is lost, or the parts are not divided by all rows"
+    assert all(torch.allclose(a.grad, b.grad, atol=1e-6) for a, b in zip(model.parameters(), whole.parameters()))
+    halves = [pretrain.mix_step(model, text, 7, config, trainer.Run(RUN.device, RUN.dtype, rank, 2)) for rank in (0, 1)]
+    assert sum(halves) == pytest.approx(loss, rel=1e-5), "two processes learn other windows than one"
+
+
+def test_windows_of_plain_text_depend_on_seed_and_step():
+    text, model = torch.arange(900), tiny(block_size=16)
+    losses = [pretrain.mix_step(model, text, step, sft.Config(mix_rows=3, seed=seed), RUN) for seed, step in
+              [(0, 0), (0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]]
+    assert losses[0] == losses[1] and len(set(losses)) == 5, "the seed or the step does not choose the windows"
+    windows = pretrain.text_windows(torch.arange(20), 500, 18, seed=0)
+    assert (windows.diff(dim=1) == 1).all() and sorted(set(windows[:, 0].tolist())) == [0, 1, 2]  # the last one too
+
+
+def test_the_loss_on_held_out_text_is_the_mean_over_all_its_windows():
+    model, stream = tiny(block_size=16, dropout=0.5), torch.randint(TOK.vocab_size, (5 * 17 + 3,))
+    windows = stream[:85].view(5, 17)
+    model.eval()
+    expected = -model(windows[:, :-1]).log_softmax(-1).gather(2, windows[:, 1:, None]).mean().item()
+    model.train()
+    for rows in (1, 2, 32):  # parts of unequal size
+        found = pretrain.text_loss(model, stream, RUN, rows)
+        assert found == pytest.approx(expected, rel=1e-5), "a mean of means, or dropout is on"
+    assert model.training
 
 
 # ---- through the loader ----------------------------------------------------------------------------------------------
@@ -205,16 +246,14 @@ def test_padding_changes_nothing_whatever_its_id():
 
 @pytest.mark.parametrize("micro_tokens", [1, 40, 150, 10**6])
 def test_accumulation_equals_one_large_batch(micro_tokens):
-    rows = sft.make_examples(rows_of(13), TOK, 96)
-    n = sum(sum(mask[1:]) for _, mask in rows)
+    rows, config = sft.make_examples(rows_of(13), TOK, 96), sft.Config(micro_tokens=micro_tokens)
     model, whole = tiny(), tiny()
     (ids, mask), = trainer.micro_batches(rows, 10**6, "cpu")
-    sft.sft_loss(whole, ids, mask).backward()
-    losses = []
-    for ids, mask in trainer.micro_batches(rows, micro_tokens, "cpu"):
-        losses.append(sft.sft_loss(model, ids, mask, n))
-        losses[-1].backward()
-    assert len(losses) >= {1: 13, 40: 4, 150: 2, 10**6: 1}[micro_tokens]
+    expected = sft.sft_loss(whole, ids, mask)
+    expected.backward()
+    assert len(trainer.micro_batches(rows, micro_tokens, "cpu")) >= {1: 13, 40: 4, 150: 2, 10**6: 1}[micro_tokens]
+    halves = [sft.sft_step(model, rows, config, trainer.Run(RUN.device, RUN.dtype, rank, 2)) for rank in (0, 1)]  # two processes
+    assert sum(halves) == pytest.approx(expected.item(), rel=1e-5), "a mean of means in what is logged"
     for a, b in zip(model.parameters(), whole.parameters()):
         assert torch.allclose(a.grad, b.grad, atol=1e-6), "a mean of means: the parts have different numbers of tokens"
 

@@ -34,6 +34,16 @@ def test_lengths_in_a_batch_are_similar():
     assert padded < 1.1 * sum(lengths)  # random batches of 16 would pad to nearly twice
 
 
+def test_parts_are_as_long_as_the_budget_allows_and_a_wider_row_is_alone():
+    assert trainer.split([5, 40, 1, 5, 2, 30, 2], int, 10) == [[1, 2, 2], [5, 5], [30], [40]]
+
+
+def test_processes_share_the_rows_of_a_batch():
+    rows = list(range(7))
+    shares = [trainer.Run(torch.device("cpu"), torch.float32, rank, 3).share(rows) for rank in range(3)]
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]], "a row is learned twice, or never"
+
+
 def test_micro_batches_hold_every_row_within_the_budget():
     examples = [(list(range(1, n + 1)), [0] + [1] * (n - 1)) for n in (3, 30, 8, 8, 2, 17, 5)]
     parts = trainer.micro_batches(examples, 24, "cpu")
@@ -138,6 +148,10 @@ def test_learning_rate_at_hand_worked_steps():
     config = TrainConfig(lr=1.0, min_lr=0.1, warmup=3)
     def rates(c):
         return [round(trainer.learning_rate(step, 8, c), 6) for step in range(8)]
+
+
+    config = TrainConfig(lr=3.0, min_lr=0.1, warmup=3)
+    rates = lambda c: [round(trainer.learning_rate(step, 8, c) / 3, 6) for step in range(8)]  # as shares of the highest
     assert rates(config)[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates(config)[5] == pytest.approx(0.1 + 0.9 * 0.5, abs=1e-6) and rates(config)[7] == 0.1
     config.schedule = "linear"
