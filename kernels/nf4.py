@@ -1,12 +1,12 @@
 """NF4 fast: the same bytes and numbers as quantize and dequantize in quant.py, bit for bit, on plain tensors.
 
-On a CPU the time goes into look-ups and into memory. So four levels are looked up at a time, and a weight is read in
-pieces: a passing tensor as large as the weight would cost more than the arithmetic. The pieces are large, because
-PyTorch's threads wait for each other after each operation, which is slow where other programs want the cores too. A GPU
-dequantizes in one Triton kernel. What neither is there for (quantizes, dequantizes) is left to the readable versions.
+On a CPU the time goes into look-ups and into memory. So four levels are looked up at a time, and a weight goes through
+in pieces: a passing tensor as large as the weight costs more than the arithmetic. A GPU dequantizes in one Triton
+kernel. What neither is there for (quantizes, dequantizes) is left to the readable versions.
 """
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -61,30 +61,55 @@ def word_table(levels):
     return torch.tensor(levels, device="cpu")[codes.int()].flatten().view(torch.complex128)
 
 
-@torch.no_grad()
+def in_pieces(work, blocks, step):
+    """Calls work(slice of the blocks) until all blocks are done, step of them at a time.
+
+    Each thread takes whole pieces and is alone with them. PyTorch would share out each operation among its threads,
+    which then wait for each other after each one: a factor of 30 where other programs want the cores too.
+    """
+    starts, threads = range(0, blocks, step), torch.get_num_threads()
+    inference = torch.is_inference_mode_enabled()
+
+    def piece(start):
+        torch.set_num_threads(1)  # of this thread; the mode too is kept per thread
+        with torch.inference_mode(inference):
+            work(slice(start, start + step))
+
+    try:
+        if threads == 1 or len(starts) == 1:
+            for start in starts:
+                piece(start)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(piece, starts))  # list: raises what a thread raised
+    finally:
+        torch.set_num_threads(threads)
+
+
 def quantize(weight, codebook, block):
     """weight of any shape, n elements -> packed (n / 2,) uint8, absmax (n / block,) float32; see quantizes.
 
     A weight that is not finite gives an absmax that is not.
     """
     left_code, midpoint = cell_tables(tuple(codebook.tolist()))
-    blocks = weight.reshape(-1, block)
+    blocks = weight.detach().reshape(-1, block)
     absmax = torch.empty(len(blocks), dtype=torch.float32, device=weight.device)
     packed = torch.empty(len(blocks), block // 2, dtype=torch.uint8, device=weight.device)
-    step = max(1, PIECE // block)
-    for w, largest, packed_bytes in zip(blocks.split(step), absmax.split(step), packed.split(step)):
-        w = w.float()
-        torch.amax(w.abs(), dim=1, out=largest)
+
+    def work(part):
+        w = blocks[part].float()
+        largest = torch.amax(w.abs(), dim=1, out=absmax[part])
         x = (w * (1 / largest.clamp(min=1e-38))[:, None]).flatten()
         cell = (x * CELLS).add_(CELLS).to(torch.int32).clamp_(0, 2 * CELLS)  # clamped: NaN becomes any integer
         code = left_code.index_select(0, cell)
         code += x > midpoint.index_select(0, cell)
         first, second = code.view(-1, block // 2, 2).unbind(2)
-        torch.add(second, first, alpha=16, out=packed_bytes)
+        torch.add(second, first, alpha=16, out=packed[part])
+
+    in_pieces(work, len(blocks), max(1, PIECE // 4 // block))  # a quarter: several passing tensors are as large
     return packed.flatten(), absmax
 
 
-@torch.no_grad()
 def dequantize(packed, absmax, codebook, shape, block, dtype):
     """packed (n / 2,) uint8, absmax (n / block,) float32 -> shape, of dtype; see dequantizes."""
     if packed.is_cuda:
@@ -92,13 +117,14 @@ def dequantize(packed, absmax, codebook, shape, block, dtype):
     table = word_table(tuple(codebook.tolist()))
     words = packed.view(torch.uint16).view(-1, block // 4)  # (blocks, block / 4): two bytes, four elements each
     out = torch.empty(len(absmax), block, dtype=dtype, device=packed.device)
-    step = max(1, PIECE // block)
-    scratch = None if dtype == torch.float32 else out.new_empty(min(step, len(out)), block, dtype=torch.float32)
-    for part, word, scale in zip(out.split(step), words.split(step), absmax[:, None].split(step)):
-        levels = part if scratch is None else scratch[: len(part)]
-        # a row of the table for each block: gather's threads share out rows
-        torch.gather(table.expand(len(word), -1), 1, word.long(), out=levels.view(torch.complex128))
-        part.copy_(levels.mul_(scale))  # rounded once; nothing to do where levels are the part itself
+
+    def work(part):
+        y = out[part]
+        levels = y if dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
+        torch.index_select(table, 0, words[part].flatten().int(), out=levels.view(torch.complex128).flatten())
+        y.copy_(levels.mul_(absmax[part, None]))  # rounded once; copies nothing where the levels are y itself
+
+    in_pieces(work, len(absmax), max(1, PIECE // block))
     return out.view(shape)
 
 

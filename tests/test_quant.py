@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,13 @@ def version(request, monkeypatch):
     monkeypatch.setattr(nf4, "SMALL", 0 if request.param == "fast" else math.inf)
     monkeypatch.setattr(nf4, "PIECE", 1000)
     return request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def normal(*shape, seed=0):
@@ -197,26 +205,22 @@ def hard(blocks, block, dtype):
 
 
 # less than a block, ragged pieces, all at once
-@pytest.mark.parametrize("piece, threads", [(10, 1), (1000, 1), (nf4.PIECE, 1), (nf4.PIECE, 2)])
+@pytest.mark.parametrize("piece, number", [(10, 1), (1000, 1), (nf4.PIECE, 1), (2 ** 14, 2)])
 @pytest.mark.parametrize("block", [4, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fast_and_readable_agree_bit_for_bit(dtype, block, piece, threads, monkeypatch):
+def test_fast_and_readable_agree_bit_for_bit(dtype, block, piece, number, threads, monkeypatch):
     monkeypatch.setattr(nf4, "PIECE", piece)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        blocks = 3 * 2 ** 15 // block if piece > 1000 else 60  # so many are shared out among threads
-        weight = hard(blocks, block, dtype).view(-1, 3 * block // 2)  # rows that are no whole number of blocks
-        packed, absmax = nf4.quantize(weight, CODEBOOK, block)
-        expected, expected_absmax = quant.quantize(weight, block)
-        assert torch.equal(packed, expected) and torch.equal(absmax, expected_absmax)
-        for out in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            back = nf4.dequantize(packed, absmax, CODEBOOK, weight.shape, block, out)
-            readable = quant.dequantize(packed, absmax, weight.shape, block, out)
-            assert back.shape == weight.shape and back.dtype == readable.dtype == out
-            assert torch.equal(bits(back), bits(readable))
-    finally:
-        torch.set_num_threads(before)
+    threads(number)
+    blocks = 3 * 2 ** 15 // block if piece > 1000 else 60
+    weight = hard(blocks, block, dtype).view(-1, 3 * block // 2)  # rows that are no whole number of blocks
+    packed, absmax = nf4.quantize(weight, CODEBOOK, block)
+    expected, expected_absmax = quant.quantize(weight, block)
+    assert torch.equal(packed, expected) and torch.equal(absmax, expected_absmax)
+    for out in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        back = nf4.dequantize(packed, absmax, CODEBOOK, weight.shape, block, out)
+        readable = quant.dequantize(packed, absmax, weight.shape, block, out)
+        assert back.shape == weight.shape and back.dtype == readable.dtype == out
+        assert torch.equal(bits(back), bits(readable))
 
 
 def test_all_bytes_at_both_places_of_a_word():
@@ -289,21 +293,38 @@ def test_pieces_of_rows_begin_with_a_block_and_leave_nothing_out(shape, block):
     assert [piece[0] for piece in nf4.row_pieces(shape, block, torch.device("cuda"))] == [slice(0, shape[0])]
 
 
-def test_tables_serve_every_mode_and_device_after_the_first():
-    """They are made once: in inference mode, and where new tensors go elsewhere, as ordinary tensors of the CPU."""
+@pytest.mark.parametrize("number", [1, 3])
+def test_tables_and_threads_serve_every_mode_and_device(number, threads, monkeypatch):
+    """Modes are kept per thread. The tables are made once: here in inference mode, where new tensors go elsewhere."""
+    monkeypatch.setattr(nf4, "PIECE", 1000)
+    threads(number)
     weight = normal(256, 64)
-    q = quantize_nf4(weight)
-    expected = dequantize_nf4(q)
+    expected = quant.quantize(weight, 64)
+    back = quant.dequantize(*expected, weight.shape, 64, torch.float32)
     nf4.cell_tables.cache_clear()
     nf4.word_table.cache_clear()
     with torch.inference_mode(), torch.device("meta"):
-        first = quantize_nf4(weight)
-        back = dequantize_nf4(first)
-    assert torch.equal(first.packed, q.packed) and torch.equal(back, expected)
-    leaf = weight.clone().requires_grad_()
-    again = quantize_nf4(leaf)
-    assert torch.equal(again.packed, q.packed) and torch.equal(dequantize_nf4(again), expected)
-    assert not again.absmax.requires_grad
+        inside = quantize_nf4(weight)
+        back_inside = dequantize_nf4(inside)
+    outside = quantize_nf4(weight.requires_grad_())
+    assert torch.equal(inside.packed, expected[0]) and torch.equal(back_inside, back)
+    assert torch.equal(outside.packed, expected[0]) and torch.equal(dequantize_nf4(outside), back)
+    assert not outside.absmax.requires_grad
+
+
+@pytest.mark.parametrize("number, pieces", [(1, 3), (2, 1), (2, 3)])
+def test_pieces_are_done_alone_and_leave_the_threads_as_they_were(number, pieces, threads):
+    threads(number)
+    done = []
+    nf4.in_pieces(lambda part: done.append((part, torch.get_num_threads())), 16 * pieces, 16)
+    assert sorted(done, key=lambda item: item[0].start) == [(slice(16 * i, 16 * i + 16), 1) for i in range(pieces)]
+    assert torch.get_num_threads() == number
+
+    with pytest.raises(ZeroDivisionError):  # what a thread raises is raised
+        nf4.in_pieces(lambda part: 1 / 0, 16 * pieces, 16)
+    assert torch.get_num_threads() == number
+    with ThreadPoolExecutor(1) as pool:  # a new thread takes the number that was set last
+        assert pool.submit(lambda: torch.ones(1).sum() and torch.get_num_threads()).result() == number
 
 
 # ---- the linear layer ------------------------------------------------------------------------------------------------
