@@ -61,13 +61,12 @@ def word_table(levels):
     return torch.tensor(levels, device="cpu")[codes.int()].flatten().view(torch.complex128)
 
 
-def in_pieces(work, blocks, block):
-    """Calls work(slice of the blocks) until all blocks are done, PIECE elements at a time.
+def in_pieces(work, blocks, step):
+    """Calls work(slice of the blocks) until all blocks are done, step of them at a time.
 
     Each thread takes whole pieces and is alone with them. PyTorch would share out each operation among its threads,
     which then wait for each other after each one: a factor of 30 where other programs want the cores too.
     """
-    step = max(1, PIECE // block)
     starts, threads = range(0, blocks, step), torch.get_num_threads()
     inference = torch.is_inference_mode_enabled()
 
@@ -107,7 +106,7 @@ def quantize(weight, codebook, block):
         first, second = code.view(-1, block // 2, 2).unbind(2)
         torch.add(second, first, alpha=16, out=packed[part])
 
-    in_pieces(work, len(blocks), block)
+    in_pieces(work, len(blocks), max(1, PIECE // 4 // block))  # a quarter: several passing tensors are as large
     return packed.flatten(), absmax
 
 
@@ -125,7 +124,7 @@ def dequantize(packed, absmax, codebook, shape, block, dtype):
         torch.index_select(table, 0, words[part].flatten().int(), out=levels.view(torch.complex128).flatten())
         y.copy_(levels.mul_(absmax[part, None]))  # rounded once; copies nothing where the levels are y itself
 
-    in_pieces(work, len(absmax), block)
+    in_pieces(work, len(absmax), max(1, PIECE // block))
     return out.view(shape)
 
 

@@ -317,16 +317,15 @@ def test_tables_and_threads_serve_every_mode_and_device(number, threads, monkeyp
 
 
 @pytest.mark.parametrize("number, pieces", [(1, 3), (2, 1), (2, 3)])
-def test_pieces_are_done_alone_and_leave_the_threads_as_they_were(number, pieces, threads, monkeypatch):
-    monkeypatch.setattr(nf4, "PIECE", 64)
+def test_pieces_are_done_alone_and_leave_the_threads_as_they_were(number, pieces, threads):
     threads(number)
     done = []
-    nf4.in_pieces(lambda part: done.append((part, torch.get_num_threads())), 16 * pieces, 4)
+    nf4.in_pieces(lambda part: done.append((part, torch.get_num_threads())), 16 * pieces, 16)
     assert sorted(done, key=lambda item: item[0].start) == [(slice(16 * i, 16 * i + 16), 1) for i in range(pieces)]
     assert torch.get_num_threads() == number
 
     with pytest.raises(ZeroDivisionError):  # what a thread raises is raised
-        nf4.in_pieces(lambda part: 1 / 0, 16 * pieces, 4)
+        nf4.in_pieces(lambda part: 1 / 0, 16 * pieces, 16)
     assert torch.get_num_threads() == number
     with ThreadPoolExecutor(1) as pool:  # a new thread takes the number that was set last
         assert pool.submit(lambda: torch.ones(1).sum() and torch.get_num_threads()).result() == number

@@ -145,13 +145,11 @@ def test_muon_goes_on_bit_for_bit(tmp_path):
 
 
 def test_learning_rate_at_hand_worked_steps():
-    config = TrainConfig(lr=1.0, min_lr=0.1, warmup=3)
-    def rates(c):
-        return [round(trainer.learning_rate(step, 8, c), 6) for step in range(8)]
-
-
     config = TrainConfig(lr=3.0, min_lr=0.1, warmup=3)
-    rates = lambda c: [round(trainer.learning_rate(step, 8, c) / 3, 6) for step in range(8)]  # as shares of the highest
+
+    def rates(c):
+        return [round(trainer.learning_rate(step, 8, c) / 3, 6) for step in range(8)]  # as shares of the highest
+
     assert rates(config)[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates(config)[5] == pytest.approx(0.1 + 0.9 * 0.5, abs=1e-6) and rates(config)[7] == 0.1
     config.schedule = "linear"
