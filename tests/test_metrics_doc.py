@@ -22,8 +22,9 @@ SHARED = "several scripts"
 def entries():
     """{heading of a section: the keys that it explains} of the page."""
     sections = re.split(r"^## `?(.+?)`?\n", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return {heading: [key for keys in re.findall(r"^\*\*(`.+?`)\*\*", text, re.MULTILINE) for key in re.findall(r"`(\w+)`", keys)]
-            for heading, text in zip(sections[1::2], sections[2::2])}
+    heads = {heading: "".join(re.findall(r"^((?:\*\*`\w+`\*\* )+)", text, re.MULTILINE))
+             for heading, text in zip(sections[1::2], sections[2::2])}
+    return {heading: re.findall(r"`(\w+)`", keys) for heading, keys in heads.items() if keys or ".py" in heading}
 
 
 @pytest.fixture(scope="module")
