@@ -214,9 +214,10 @@ def test_row_losses_are_the_held_out_loss_whatever_the_batches():
 
 def test_a_base_and_an_adapter_on_it_have_the_numbers_that_each_has_alone(folders, tmp_path):
     base, adapted, model = folders[0], "out/adapter", load(folders[0])
+    torch.manual_seed(0)
     lora.add_lora(model, 2, 8)
     for layer in lora.adapted(model).values():
-        torch.nn.init.normal_(layer.lora_B)
+        torch.nn.init.normal_(layer.lora_B, std=20.0)  # enough to be seen in a loss
     save_adapter(model, adapted, base)
     TOK.save(adapted)
     path = write(tmp_path / "a.jsonl", [conversations("who", "the baker " * n) for n in (1, 2, 3)])

@@ -454,9 +454,9 @@ def test_generation_stops_at_any_of_several_tokens():
 
 
 def test_kinds_of_questions_come_in_and_stay_out():
-    kinds = lambda **flags: {row["kind"] for row in sft.load_data(check(sft.Config(n_sft=500, **flags)), print)[0]}
+    kinds = lambda **flags: {row["kind"] for row in sft.load_data(check(sft.Config(n_sft=500, **flags)), TOK, 129, print)[0]}
     assert kinds(with_="reading,search", without="unknown") == kinds() - {"unknown"} | {"reading", "search"}
-    held = [row["kind"] for row in sft.load_data(sft.Config(n_sft=9, with_="sums"), print)[1]]
+    held = [row["kind"] for row in sft.load_data(sft.Config(n_sft=9, with_="sums"), TOK, 129, print)[1]]
     assert len(held) == 700 and held.count("sums") == 100 and "unknown" in held
     with pytest.raises(UserError, match="--with tigers"):
         kinds(with_="tigers")
