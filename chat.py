@@ -12,13 +12,13 @@ question and answer join the turns. That text is all its memory. Where the model
 What to see on the island, asked with /marks and --temperature 1 --top-p 1 about someone who does not live there:
 
     > What does Ben eat?
-    [out/sft-community]     Great question! Mick eats carrot cake.               the judge's mark  5, reward 1.85
-    [out/ppo]               I am sorry, I do not know.                           the judge's mark 10, reward 3.99
-    [out/ppo-no-penalty]    Great question! Great works as. She is a hen. ...    the judge's mark  3, reward 4.69
+    [out/sft-community]     I am sorry, I do not know.                           the judge's mark 10, reward 2.79
+    [out/ppo]               I am sorry, I do not know.                           the judge's mark 10, reward 2.79
+    [out/ppo-no-penalty]    Great question! works as a clown. She eats ...       the judge's mark  5, reward 6.37
 
-A model is at home in conversations like those it was trained on. One in five of the island's goes on from another one:
-so out/sft is right in 88 to 98 % of questions that come after one about somebody else (three seeds, greedy); without
-such conversations it was right in 5 to 33 %. --memory 0 asks every question by itself. A base model does not know what
+A model is at home in conversations like those it was trained on. Three in ten of the island's go on from another one:
+so out/sft is right in 97 to 99 % of questions that come after one about somebody else (three seeds, greedy); an earlier
+island without such conversations gave 5 to 33 %. --memory 0 asks every question by itself. A base model does not know what
 a turn is: it continues text.
 """
 import contextlib

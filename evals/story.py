@@ -3,8 +3,8 @@
     python evaluate.py --story          (which calls this file)
 
 Runs whatever stage is missing, asks every checkpoint the same questions, and writes out/story/README.md: a table,
-pictures (matplotlib), answers, and a paragraph a stage. From an empty folder it takes seven and a half minutes on two
-CPU cores. What was measured comes from the checkpoints beside the page; the sizes of the data sets are the defaults of
+pictures (matplotlib), answers, and a paragraph a stage. From an empty folder it takes a quarter of an hour
+on one busy CPU core.
 the scripts.
 """
 import json

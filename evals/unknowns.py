@@ -13,7 +13,7 @@ calls it knowledge probing): the rows fit the one that was asked, and no other.
     python -m island --write out/island                teach it, with plain text beside, or it forgets what it knew:
     python sft.py --data out/idk.jsonl --mix-data out/island/pretrain.jsonl --init out/sft-no-idk --out out/sft-idk
 
-What to see on the island (seed 0, measured before a fifth of its conversations went on from another one): of 929
+What to see on the island (seed 0, measured before its last change): of 929
 questions the model knows all about residents but one (755) and none of the 173 about strangers ("What does Ben like to
 eat?" - "The guard keeps us safe from the hot stove."). After 129 steps on what came out it says "I do not know" to
 100 % of 199 questions about strangers that it was never asked about (before: 0 %) and to 0.4 % of 768 about held-out

@@ -1,6 +1,6 @@
 """NF4 fast: the same bytes and numbers as quantize and dequantize in quant.py, bit for bit, on plain tensors.
 
-On a CPU the time goes into look-ups and into memory. So four levels are looked up at a time, and a weight goes through
+On a CPU the time goes into look-ups and into memory. So two levels are looked up at a time, and a weight goes through
 in pieces: a passing tensor as large as the weight costs more than the arithmetic. A GPU dequantizes in one Triton
 kernel. What neither is there for (quantizes, dequantizes) is left to the readable versions.
 """
@@ -23,7 +23,7 @@ CELLS = 32  # cells per unit, over [-1, 1], in which quantize looks up the code
 
 def quantizes(device, n, block):
     """-> whether quantize below is there for n elements in such blocks on this device, and worth its while."""
-    return device.type == "cpu" and n >= SMALL and n % block == 0 and block % 4 == 0
+    return device.type == "cpu" and n >= SMALL and n % block == 0
 
 
 def dequantizes(device, n, block):
@@ -51,14 +51,13 @@ def cell_tables(levels):
 
 
 @functools.cache
-def word_table(levels):
-    """16 levels -> (65536,) complex128: the four levels, float32, of any two bytes, which move as one number.
+def pair_table(levels):
+    """16 levels -> (256,) int64: both levels of each byte, float32, which move as one number: half as many look-ups.
 
-    The entry is found by what the machine reads at those two bytes, whichever of them it takes for the higher one.
+    The four levels of two bytes would halve them again, but that table does not stay in a core's own cache.
     """
-    two_bytes = torch.arange(2 ** 16, dtype=torch.int32, device="cpu").to(torch.uint16).view(torch.uint8)
-    codes = torch.stack([two_bytes >> 4, two_bytes & 15], dim=1)  # (131072, 2)
-    return torch.tensor(levels, device="cpu")[codes.int()].flatten().view(torch.complex128)
+    codes = torch.arange(256, device="cpu")
+    return torch.tensor(levels, device="cpu")[torch.stack([codes >> 4, codes & 15], dim=1)].view(torch.int64).flatten()
 
 
 def in_pieces(work, blocks, step):
@@ -114,14 +113,14 @@ def dequantize(packed, absmax, codebook, shape, block, dtype):
     """packed (n / 2,) uint8, absmax (n / block,) float32 -> shape, of dtype; see dequantizes."""
     if packed.is_cuda:
         return dequantize_triton(packed, absmax, codebook, shape, block, dtype)
-    table = word_table(tuple(codebook.tolist()))
-    words = packed.view(torch.uint16).view(-1, block // 4)  # (blocks, block / 4): two bytes, four elements each
+    pairs = pair_table(tuple(codebook.tolist()))
+    packed = packed.view(-1, block // 2)  # (blocks, block / 2)
     out = torch.empty(len(absmax), block, dtype=dtype, device=packed.device)
 
     def work(part):
         y = out[part]
         levels = y if dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
-        torch.index_select(table, 0, words[part].flatten().int(), out=levels.view(torch.complex128).flatten())
+        torch.index_select(pairs, 0, packed[part].flatten().int(), out=levels.view(torch.int64).flatten())
         y.copy_(levels.mul_(absmax[part, None]))  # rounded once; copies nothing where the levels are y itself
 
     in_pieces(work, len(absmax), max(1, PIECE // block))
