@@ -13,8 +13,8 @@ to the weight, once, and which weight that is decides what one gets:
     python lora.py --adapter out/sft-lora --compare           what both merges change, against the unmerged model
 
 On the island python sft.py --lora-r 16 trains 131,840 parameters beside 941,696 frozen ones; the adapter's file has 0.5 MB
-(seed 1: 100 % of the held-out facts, as with all weights, but 85 % of the questions about itself: facts come from the
-base, while what is new takes longer to learn at rank 16). docs/results.md has QLoRA and the two merges beside it.
+(three seeds: 100 % of the held-out facts, as with all weights, but 69 ... 85 % of the questions about itself: facts come
+from the base, while what is new takes longer to learn at rank 16). docs/results.md has QLoRA and the merges beside it.
 Memory is not saved at this size (0.8 GB each, mostly activations and Python) but where weights count: a model
 of GPT-2 XL's shape, 6.2 GB as floats, is read, quantized and takes a QLoRA step of two short rows in 2.4 GB; all
 weights with AdamW: 25 GB.
