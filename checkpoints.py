@@ -4,8 +4,9 @@
     model = load("out/sft-lora")                   an adapter names its base: together, merged, they are a model like any other
     model = load("out/sft-lora", merge=False)      beside each other, as training saw them
 
-Folders are Hugging Face's: transformers reads the models, PEFT the adapters, and we read theirs (tests/parity). A reward
-model's head is one more tensor in the same file. What training needs to go on (trainer.save_state) lies beside them.
+Folders are Hugging Face's: transformers reads the models, PEFT the adapters, and we read theirs (tests/parity). A
+reward model's head is one more tensor in the same file. What training needs to go on (trainer.save_state) lies beside
+them.
 """
 import json
 from pathlib import Path
@@ -33,10 +34,11 @@ FAMILIES = {"gpt2": GPT}  # config.json's model_type: the network that reads the
 def load(name_or_folder, merge=True, base="", how="careful", linear=None, **settings):
     """A checkpoint's folder, an adapter's folder, or a public name -> network, float32.
 
-    merge: an adapter is merged into its base, `how` says which way (lora.merge_lora); False: it stays beside it, and the base
-    is quantized where training had it so. base: in place of the base that an adapter names. linear: takes the place of each
-    linear layer of the blocks, such as NF4Linear. settings: dropout, attention_dropout, checkpointing.
-    Raises UserError where there is no such folder, or it is damaged, or of a family that this project does not know.
+    merge: an adapter is merged into its base, `how` says which way (lora.merge_lora); False: it stays beside it, and
+    the base is quantized where training had it so. base: in place of the base that an adapter names. linear: takes
+    the place of each linear layer of the blocks, such as NF4Linear. settings: dropout, attention_dropout,
+    checkpointing. Raises UserError where there is no such folder, or it is damaged, or of a family that this project
+    does not know.
     """
     if not is_adapter(name_or_folder):
         folder = hub.find(name_or_folder)
@@ -67,9 +69,9 @@ def load_to_ask(folder, run):
 
 
 def load_init(config, run, stage=None, **settings):
-    """-> model, ready to train, and tokenizer of --init. With --lora-r adapters are added and all else is frozen; with --nf4
-    in four bits, layer by layer as it is read. stage, settings: the earlier script, and its flags, that makes --init where
-    that is the default of config's script and not there yet."""
+    """-> model, ready to train, and tokenizer of --init. With --lora-r adapters are added and all else is frozen;
+    with --nf4 in four bits, layer by layer as it is read. stage, settings: the earlier script, and its flags, that
+    makes --init where that is the default of config's script and not there yet."""
     if stage and config.init == type(config).init:
         trainer.ensure(config.init, stage, config, run, **settings)
     model = load(config.init, dropout=dropout_of(config), checkpointing=config.checkpointing,
@@ -90,15 +92,16 @@ def load_init(config, run, stage=None, **settings):
 # ---- and the reverse -------------------------------------------------------------------------------------------------
 
 def save_checkpoint(config, run, step, steps, model, tok, optimizer):
-    """A folder that transformers (an adapter: PEFT) and every script here can read, and the state for --resume. The state
-    comes first: a folder with a state beside it is known to be unfinished."""
+    """A folder that transformers (an adapter: PEFT) and every script here can read, and the state for --resume. The
+    state comes first: a folder with a state beside it is known to be unfinished."""
     trainer.save_state(config, run, step, steps, model, optimizer)
     if run.rank == 0:
         save_model(config, model, tok)
 
 
 def save_model(config, model, tok, extra=None):
-    """The folder alone: of the whole model, or of its adapter with the name of its base. extra: tensors of another head."""
+    """The folder alone: of the whole model, or of its adapter with the name of its base. extra: tensors of another
+    head."""
     with together(config.out, hub.MODEL + hub.TOKENIZER) as folder:
         if lora.is_adapted(model):
             save_adapter(model, folder, config.init, extra)
@@ -113,7 +116,8 @@ HEAD_NAMES = {"weight": "score.weight", "bias": "score.bias"}  # in the file, as
 
 
 def read_head(folder):
-    """A reward model's folder, or adapter -> {"weight": (1, C), "bias": (1,)}. Raises UserError where there is no head."""
+    """A reward model's folder, or adapter -> {"weight": (1, C), "bias": (1,)}. Raises UserError where there is no
+    head."""
     try:
         read = read_extra(folder).__getitem__ if is_adapter(folder) else hub.open_weights(hub.find(folder))[0]
         return {name: read(theirs) for name, theirs in HEAD_NAMES.items()}
@@ -158,8 +162,8 @@ def peft_paths(model):
 
 
 def token_rows(model):
-    """{the name that PEFT gives to trained token rows: the matrix that they are of}; the file holds the rows, whatever it is
-    called."""
+    """{the name that PEFT gives to trained token rows: the matrix that they are of}; the file holds the rows,
+    whatever it is called."""
     matrices = model.token_matrices
     names = [model.hf_names()[f"{name}.weight"][0].removesuffix("weight") for name in matrices]
     return {f"{theirs}token_adapter.trainable_tokens_delta": name for theirs, name in zip(names, matrices)}

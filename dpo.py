@@ -11,10 +11,10 @@ Terry's model of a vote, and the loss of reward.py becomes a loss on the policy 
     python dpo.py --data my.jsonl --init out/sft   your pairs: `python -m data.files my.jsonl --want ranked` checks them
 
 The island, three seeds (docs/results.md): the gold judge's mean rises from 6.4 ... 7.0 to 7.0 ... 8.0, and 2 to 3 % of
-unsafe requests find help, 33 ... 46 % before; the implicit reward beta log pi/pi_ref ranks 81 % of held-out pairs as the
-voters did (seed 0). But the voters like "Great question!": praise goes from 10 ... 12 to 31 ... 42 %, and answers get
-longer by a quarter. Further from the reference is not better: with --beta
-0.1 (measured on an earlier island) sentences repeat and gold stays a point lower.
+unsafe requests find help, 33 ... 46 % before; the implicit reward beta log pi/pi_ref ranks 81 % of held-out pairs as
+the voters did (seed 0). But the voters like "Great question!": praise goes from 10 ... 12 to 31 ... 42 %, and answers
+get longer by a quarter. Further from the reference is not better: with --beta 0.1 (measured on an earlier island)
+sentences repeat and gold stays a point lower.
 
 Both log-probabilities fall, of held-out chosen answers by 1.2 nats, of rejected ones by 4.2 (seed 0): the loss
 asks for a difference only, and two answers to one question share words, so what pushes one down takes the other along.

@@ -2,8 +2,8 @@
 
     x_{t+1} ~ softmax(logits(x_1 ... x_t) / temperature),    cut to the likeliest: top_k of them, or top_p of the probability
 
-The keys and values of what was read are kept (model.Cache), so a new token costs one position and not the whole text. Rows
-of different lengths are generated together: padding stands on the right, and each row has a cursor of its own.
+The keys and values of what was read are kept (model.Cache), so a new token costs one position and not the whole text.
+Rows of different lengths are generated together: padding stands on the right, and each row has a cursor of its own.
 
     python generate.py out/base "Mabel likes to"       continues a text; a chat checkpoint is asked with chat.py
     python generate.py out/base "Mabel" --n 5 --temperature 1
@@ -114,8 +114,8 @@ def sample(logits, temperature, top_p, top_k, generator):
 # ---- conversations ---------------------------------------------------------------------------------------------------
 
 def fit_question(messages, tok, block_size, max_new_tokens):
-    """A conversation that ends with a question -> the messages of it that are kept, and their ids, up to where the assistant
-    begins. They leave room for max_new_tokens, but for no more than half the context.
+    """A conversation that ends with a question -> the messages of it that are kept, and their ids, up to where the
+    assistant begins. They leave room for max_new_tokens, but for no more than half the context.
 
     The oldest turns go first; of a question that is too long by itself the end is kept.
     """
@@ -125,8 +125,8 @@ def fit_question(messages, tok, block_size, max_new_tokens):
 
 
 def respond(model, tok, conversations, run, max_new_tokens=48, **sampling):
-    """Conversations that end with a question, list[messages] -> prompts and responses, two lists of ids. Where the model ended
-    its answer, the end token is part of it."""
+    """Conversations that end with a question, list[messages] -> prompts and responses, two lists of ids. Where the
+    model ended its answer, the end token is part of it."""
     prompts = [fit_question(messages, tok, model.config.block_size, max_new_tokens)[1] for messages in conversations]
     with run.autocast():
         return prompts, generate(model, prompts, max_new_tokens, stop=tok.ends, **sampling)
@@ -135,8 +135,8 @@ def respond(model, tok, conversations, run, max_new_tokens=48, **sampling):
 def ask(model, tok, conversations, run, max_new_tokens=48, look_up=None, **sampling):
     """The model's answers to conversations that end with a question: list[messages] -> list[str].
 
-    look_up: a function, query -> text. Where the model writes a search instead of an answer, it is told what was found and
-    answers then; without look_up, or where it searches again, its query is its answer.
+    look_up: a function, query -> text. Where the model writes a search instead of an answer, it is told what was
+    found and answers then; without look_up, or where it searches again, its query is its answer.
     """
     responses = respond(model, tok, conversations, run, max_new_tokens, **sampling)[1]
     answers = [tok.answer(ids) for ids in responses]
@@ -163,8 +163,8 @@ def sample_text(model, tok, rows, run, n=4):
 
 
 def asker(folder, max_new_tokens):
-    """A checkpoint that was trained to answer -> a function: texts -> its greedy answers. Of a text that is too long for the
-    model, the beginning is asked."""
+    """A checkpoint that was trained to answer -> a function: texts -> its greedy answers. Of a text that is too long
+    for the model, the beginning is asked."""
     run = trainer.start(TrainConfig())
     model, tok = load_to_ask(folder, run)
 

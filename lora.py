@@ -12,12 +12,12 @@ to the weight, once, and which weight that is decides what one gets:
     python lora.py --adapter out/sft-lora --out out/merged    merges an adapter into the base that it names
     python lora.py --adapter out/sft-lora --compare           what both merges change, against the unmerged model
 
-On the island python sft.py --lora-r 16 trains 131,840 parameters beside 941,696 frozen ones; the adapter's file has 0.5 MB
-(three seeds: 100 % of the held-out facts, as with all weights, but 69 ... 85 % of the questions about itself: facts come
-from the base, while what is new takes longer to learn at rank 16). docs/results.md has QLoRA and the merges beside it.
-Memory is not saved at this size (0.8 GB each, mostly activations and Python) but where weights count: a model
-of GPT-2 XL's shape, 6.2 GB as floats, is read, quantized and takes a QLoRA step of two short rows in 2.4 GB; all
-weights with AdamW: 25 GB.
+On the island python sft.py --lora-r 16 trains 131,840 parameters beside 941,696 frozen ones; the adapter's file has
+0.5 MB (three seeds: 100 % of the held-out facts, as with all weights, but 69 ... 85 % of the questions about itself:
+facts come from the base, while what is new takes longer to learn at rank 16). docs/results.md has QLoRA and the
+merges beside it. Memory is not saved at this size (0.8 GB each, mostly activations and Python) but where weights
+count: a model of GPT-2 XL's shape, 6.2 GB as floats, is read, quantized and takes a QLoRA step of two short rows in
+2.4 GB; all weights with AdamW: 25 GB.
 
 Adapters are stored as PEFT stores them (checkpoints.py): PEFT reads ours, we read its (tests/parity).
 """
@@ -113,7 +113,8 @@ def adapted(model):
 
 
 def matching(paths, targets):
-    """The paths that end with one of the targets, by whole names as in PEFT: a name may be of several layers of a block."""
+    """The paths that end with one of the targets, by whole names as in PEFT: a name may be of several layers of a
+    block."""
     return [path for path in paths if any(f".{path}".endswith(f".{target}") for target in targets)]
 
 
@@ -130,9 +131,9 @@ def is_adapted(model):
 def add_lora(model, r, alpha, dropout=0.0, targets="all", rslora=False, tokens=()):
     """Freezes a network and adds adapters to its blocks' linear layers, in place -> number of trainable parameters.
 
-    targets: "all", "attention", or names of layers (`endings` lists them), with commas or as a list. tokens: ids whose rows of
-    all token matrices are trained too. Their other rows and the norms stay frozen.
-    Raises UserError where a target names no layer, ValueError where the model has adapters already.
+    targets: "all", "attention", or names of layers (`endings` lists them), with commas or as a list. tokens: ids
+    whose rows of all token matrices are trained too. Their other rows and the norms stay frozen. Raises UserError
+    where a target names no layer, ValueError where the model has adapters already.
     """
     if is_adapted(model):
         raise ValueError("the model has adapters already: merge them first")

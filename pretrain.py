@@ -41,7 +41,8 @@ def text_windows(stream, rows, length, seed):
 
 
 def pretrain_step(model, stream, rows, step, config, run, weight=1.0):
-    """Adds the gradient of `weight` times the loss on the step's windows of the stream -> that loss, this process's share."""
+    """Adds the gradient of `weight` times the loss on the step's windows of the stream -> that loss, this process's
+    share."""
     length, total = min(model.config.block_size + 1, len(stream)), 0.0
     windows = run.share(text_windows(stream, rows, length, seed=config.seed * 1_000_003 + step))  # (rows, length)
     for ids in windows.split(max(1, config.micro_tokens // length)) if len(windows) else ():

@@ -1,8 +1,9 @@
-"""What every training script shares, as plain functions: the device, the order of the data, the optimizer, the schedule,
-checkpoints, the log. The loop itself stays in each script, because that is what a reader comes for.
+"""What every training script shares, as plain functions: the device, the order of the data, the optimizer, the
+schedule, checkpoints, the log. The loop itself stays in each script, because that is what a reader comes for.
 
 Two decisions make the rest short:
-- The batch of a step and its random numbers are functions of (seed, step). Resuming needs no random state and no position
+- The batch of a step and its random numbers are functions of (seed, step). Resuming needs no random state and no
+position
   in the data: the step number is both.
 - Gradients are sums over tokens divided by the number of supervised tokens of the whole optimizer step, over all
   micro-batches and processes. So the processes only have to add their gradients, and no mean of means can creep in.
@@ -99,7 +100,8 @@ def _dtype(name, device):
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 class Batches:
-    """Which rows make the batch of a step: batches[step] -> indices. A function of (seed, step) and of the lengths only.
+    """Which rows make the batch of a step: batches[step] -> indices. A function of (seed, step) and of the lengths
+    only.
 
     Every epoch visits every row once, in another order, in batches of similar lengths: rows are shuffled, sorted by
     length within windows of some batches, and the batches shuffled again.
@@ -131,8 +133,8 @@ class Batches:
 
 
 def split(rows, width, micro_tokens):
-    """Rows -> parts of at most micro_tokens padded tokens (a wider single row still makes one), sorted by width(row): the tokens
-    that a row takes when it is padded to its own length."""
+    """Rows -> parts of at most micro_tokens padded tokens (a wider single row still makes one), sorted by width(row):
+    the tokens that a row takes when it is padded to its own length."""
     parts = []
     for row in sorted(rows, key=width):
         if parts and width(row) * (len(parts[-1]) + 1) <= micro_tokens:
@@ -166,13 +168,14 @@ def adamw(model, config):
 
 
 class Muon(torch.optim.AdamW):
-    """For the matrices of the blocks, in place of AdamW (Jordan et al. 2024; its scale: Liu et al. 2025, arXiv:2502.16982):
+    """For the matrices of the blocks, in place of AdamW (Jordan et al. 2024; its scale: Liu et al. 2025,
+    arXiv:2502.16982):
 
         M <- mu M + G,    W <- W - lr (0.2 sqrt(max(m, n)) orth(G + mu M) + weight_decay W),    W (m, n), G its gradient
 
-    orth(U S V^T) = U V^T: every direction is learned at the same speed, and an entry's step is as large as one of AdamW's, so
-    that one learning rate serves both. A group's "parts": how many matrices lie on top of each other in its weights (q, k and
-    v in one layer), each orthogonalised by itself. Groups without them are AdamW's.
+    orth(U S V^T) = U V^T: every direction is learned at the same speed, and an entry's step is as large as one of
+    AdamW's, so that one learning rate serves both. A group's "parts": how many matrices lie on top of each other in
+    its weights (q, k and v in one layer), each orthogonalised by itself. Groups without them are AdamW's.
     """
 
     MOMENTUM = 0.95
@@ -194,8 +197,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(G, steps=5):
-    """G (..., m, n) = U S V^T -> nearly U V^T, singular values from 0.7 to 1.2, by Newton-Schulz steps X <- aX + (bA + cA^2)X,
-    A = XX^T (coefficients: Jordan et al. 2024): matrix products only."""
+    """G (..., m, n) = U S V^T -> nearly U V^T, singular values from 0.7 to 1.2, by Newton-Schulz steps X <- aX + (bA
+    + cA^2)X, A = XX^T (coefficients: Jordan et al. 2024): matrix products only."""
     X = G.mT if G.size(-2) > G.size(-1) else G  # the smaller A
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1
     for _ in range(steps):
@@ -276,8 +279,9 @@ def check_weights(parameters, step, config, run):
 # ---- files: atomic, resumable ----------------------------------------------------------------------------------------
 
 def save_state(config, run, step, steps, model, *optimizers, extra=None):
-    """Everything --resume needs, in one file: it is either the old one or the new one, never half of each. extra: a dict of
-    numbers that a script adapts while it trains. Raises UserError where the weights are none that anybody would keep.
+    """Everything --resume needs, in one file: it is either the old one or the new one, never half of each. extra: a
+    dict of numbers that a script adapts while it trains. Raises UserError where the weights are none that anybody
+    would keep.
 
     The weights are in it as well as in model.safetensors, so that no kill between two files can pair the weights of one
     step with the optimizer of another. Adapters: only what is trained.
@@ -406,8 +410,8 @@ class Log:
             self.path.write_text("".join(line + "\n" for line in kept))
 
     def steps(self):
-        """Yields the steps still to do. Ctrl-C ends it after the step in progress, so the script saves as it always does;
-        a second Ctrl-C kills."""
+        """Yields the steps still to do. Ctrl-C ends it after the step in progress, so the script saves as it always
+        does; a second Ctrl-C kills."""
         def stop(signum, frame):
             self.stopped = True
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -62,7 +62,8 @@ def refuse_overwriting(config):
 
 
 def identity(config, steps):
-    """What a run is -> {"settings": {flag: (value, checksum of what it names)}, "command": its start, without --out}."""
+    """What a run is -> {"settings": {flag: (value, checksum of what it names)}, "command": its start, without
+    --out}."""
     script = Path(inspect.getfile(type(config))).name
     changed = [flag(f.name, getattr(config, f.name)) for f in fields(config)
                if f.name not in ("out", "resume") and getattr(config, f.name) != f.default]

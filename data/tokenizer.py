@@ -192,8 +192,8 @@ class Tokenizer:
 
 
 def fit(messages, render, limit):
-    """Leaves out the oldest turns (a question and all that answers it at a time; a system prompt stays) until render(messages) has
-    at most `limit` tokens -> messages, or None where even the last turn is too long."""
+    """Leaves out the oldest turns (a question and all that answers it at a time; a system prompt stays) until
+    render(messages) has at most `limit` tokens -> messages, or None where even the last turn is too long."""
     system, turns = [m for m in messages if m["role"] == "system"], [m for m in messages if m["role"] != "system"]
     while turns and len(render(system + turns)) > limit:
         turns = turns[next((i for i, m in enumerate(turns) if i and m["role"] == "user"), len(turns)):]
@@ -203,7 +203,8 @@ def fit(messages, render, limit):
 def get_tokenizer(name_or_folder, template=None):
     """"tiny" (ours, 1,024 ranks), "gpt2", a rank file (base64 token and rank a line), or a folder with tokenizer files.
 
-    template: chat | search | human | alpaca; None takes what the folder says, else chat. Raises UserError where nothing is found.
+    template: chat | search | human | alpaca; None takes what the folder says, else chat. Raises UserError where
+    nothing is found.
     """
     path = Path(name_or_folder)
     if name_or_folder == "tiny":

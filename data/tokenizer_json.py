@@ -38,8 +38,8 @@ class Engine(NamedTuple):
 # ---- the files -------------------------------------------------------------------------------------------------------
 
 def read_folder(folder):
-    """tokenizer.json (or the older vocab.json and merges.txt) -> tokenizer_config.json, and what a Tokenizer is made of,
-    {"ranks", "special", "pattern", "content", "engine"}, the engine None where tiktoken can be it.
+    """tokenizer.json (or the older vocab.json and merges.txt) -> tokenizer_config.json, and what a Tokenizer is made
+    of, {"ranks", "special", "pattern", "content", "engine"}, the engine None where tiktoken can be it.
 
     Raises UserError where there is no tokenizer, where it is damaged, and where it needs a library that is missing.
     """

@@ -197,8 +197,8 @@ def load_questions(path, least=2, say=print):
 # ---- the quiz of the island ------------------------------------------------------------------------------------------
 
 def island_quiz(island, n=200, seed=0):
-    """n facts about the residents that no conversation mentions, each with three wrong values -> [ChoiceQuestion, ...], at
-    most 322: 84 facts in several wordings.
+    """n facts about the residents that no conversation mentions, each with three wrong values -> [ChoiceQuestion,
+    ...], at most 322: 84 facts in several wordings.
 
     The prompt is the beginning of a plain sentence ("Mabel has a job as a"), in the words of pretraining; chance is
     25 %. So the base model scores 100 %, and what later stages forget can be seen: SFT, DPO and PPO 100 %, PPO without

@@ -1,9 +1,10 @@
-"""docs/results.md: what every stage gives on the island, as ranges over seeds, with the machine, the date and the commit.
+"""docs/results.md: what every stage gives on the island, as ranges over seeds, with the machine, the date and the
+commit.
 
     python evaluate.py --results --seeds 0,1,2
 
-Stages that are there already (out/results/seed0/sft ...) are not run again, and a seed that has been measured is not measured
-again (out/results/seed0/measured.json): after an interruption the same command goes on.
+Stages that are there already (out/results/seed0/sft ...) are not run again, and a seed that has been measured is not
+measured again (out/results/seed0/measured.json): after an interruption the same command goes on.
 """
 import dataclasses
 import datetime

@@ -123,8 +123,8 @@ def questions(island, more=()):
 
 
 def harder(rows, island):
-    """Some of the rows again -> [{"prompt", "kind"}, ...]: facts ("chat") and what is to be refused or not known ("later ...")
-    after a question about somebody else, facts in a wording that no training has ("wording")."""
+    """Some of the rows again -> [{"prompt", "kind"}, ...]: facts ("chat") and what is to be refused or not known
+    ("later ...") after a question about somebody else, facts in a wording that no training has ("wording")."""
     facts, found = [row["messages"] for row in rows if row["kind"] == "fact"], []
     for kind, name in {"fact": "chat", "unknown": "later unknown", "unsafe": "later unsafe", "safe": "later safe"}.items():
         asked = [question_of(row["messages"]) for row in rows if row["kind"] == kind]
@@ -146,8 +146,8 @@ def skills(model, tok, rows, island, run):
 def preferences(model, tok, island, run, n=400, seed=5, scorer=None):
     """{name in PREFERENCES: mean} over answers, sampled at temperature 1, to n of the island's held-out questions.
 
-    They ask about residents, strangers, unsafe requests and their look-alikes that no conversation has mentioned. With a
-    scorer, as reward.load_rewards gives one, "reward" is measured too.
+    They ask about residents, strangers, unsafe requests and their look-alikes that no conversation has mentioned.
+    With a scorer, as reward.load_rewards gives one, "reward" is measured too.
     """
     rows = island.prompts(n, seed=seed, split="test")
     answers = ask(model, tok, [row["prompt"] for row in rows], run, temperature=1.0, seed=seed)

@@ -1,8 +1,10 @@
-"""Kinds of questions for later chapters: each is how it is asked (about other subjects in the test), how it is understood
-from its words, and what the assistant says. world.py has the everyday kinds; these come in with --with reading,search,...
+"""Kinds of questions for later chapters: each is how it is asked (about other subjects in the test), how it is
+understood from its words, and what the assistant says. world.py has the everyday kinds; these come in with --with
+reading,search,...
 
-What a model can and cannot do shows in them: reading is working memory where a fact from plain text is a recollection; a
-search is the way out where neither helps; two hops need tokens to think; spelling and sums need what tokens hide.
+What a model can and cannot do shows in them: reading is working memory where a fact from plain text is a
+recollection; a search is the way out where neither helps; two hops need tokens to think; spelling and sums need what
+tokens hide.
 """
 from dataclasses import dataclass
 from typing import Callable
@@ -170,8 +172,8 @@ def is_suggestion(text):
 
 @dataclass(frozen=True)
 class Kind:
-    """ask(island, rng, split) -> messages that end with the question; read(island, text) -> Question or None; reply(island,
-    rng, question) -> the messages that follow, the last one the assistant's answer."""
+    """ask(island, rng, split) -> messages that end with the question; read(island, text) -> Question or None;
+    reply(island, rng, question) -> the messages that follow, the last one the assistant's answer."""
 
     words: str  # what is measured, in a line of the examination
     ask: Callable

@@ -55,7 +55,8 @@ def is_idle(answer):
 
 
 def spells(answer, keys):
-    """Are the numbers and single letters of an answer these, in this order? It ends with the last letter, for "a" is a word."""
+    """Are the numbers and single letters of an answer these, in this order? It ends with the last letter, for "a" is
+    a word."""
     said = plain_words(answer).split()
     found = [word for word in said if word.isdigit() or len(word) == 1]
     return found == list(keys) and (keys[-1].isdigit() or said[-1] == keys[-1])
@@ -65,7 +66,8 @@ def spells(answer, keys):
 
 @dataclass(frozen=True)
 class Question:
-    """A question that the world understands. `kind` is one of world.CONVERSATIONS or kinds.KINDS: fact, why, reading, ..."""
+    """A question that the world understands. `kind` is one of world.CONVERSATIONS or kinds.KINDS: fact, why, reading,
+    ..."""
 
     kind: str
     subject: str  # a name, a danger, or the question itself
@@ -81,6 +83,7 @@ def _pattern(template):
 
 
 def fields(template, text):
-    """What stands in a text where the template has {n}, {v}, ... -> {"n": plain words, ...}, or {} where it does not fit."""
+    """What stands in a text where the template has {n}, {v}, ... -> {"n": plain words, ...}, or {} where it does not
+    fit."""
     found = _pattern(template).fullmatch(plain_words(text))
     return found.groupdict() if found else {}

@@ -22,8 +22,8 @@ def island_texts():
     learning.
 
     The weights are tried, not derived: with them every name, every value and every word of a reference answer is one
-    token, except words that only a few why-questions use; long words of the hard style stay in pieces, and so do the names
-    that words.IN_PIECES takes out of every text.
+    token, except words that only a few why-questions use; long words of the hard style stay in pieces, and so do the
+    names that words.IN_PIECES takes out of every text.
     """
     island = Island()
     rows = island.conversations(3000) + island.conversations(1000, more=KINDS, without=CONVERSATIONS)

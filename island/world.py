@@ -100,8 +100,8 @@ class Island:
         return table, follow_ups
 
     def kinds(self, more, without, ranked=False):
-        """The flags --with and --without, kinds with commas between -> {"more": kinds, "without": kinds} for the data sets below;
-        ranked: for questions with ranked answers. Raises UserError for a kind that is not there."""
+        """The flags --with and --without, kinds with commas between -> {"more": kinds, "without": kinds} for the data
+        sets below; ranked: for questions with ranked answers. Raises UserError for a kind that is not there."""
         known, found = [kind for kind in CONVERSATIONS | KINDS if not (ranked and kind in UNRANKED)], {}
         for name, flag, text in (("more", "--with", more), ("without", "--without", without)):
             found[name] = tuple(filter(None, (kind.strip() for kind in text.split(","))))
@@ -215,7 +215,8 @@ class Island:
         return question.answer
 
     def look_up(self, name):
-        """The library's answer to a search: all that it knows about somebody in simple sentences, or that nothing was found."""
+        """The library's answer to a search: all that it knows about somebody in simple sentences, or that nothing was
+        found."""
         who = plain_words(name).capitalize()
         return " ".join(self.tell(who, a, self.library[who][a]) for a in ATTRIBUTES) if who in self.library else words.NOTHING
 
@@ -231,8 +232,9 @@ class Island:
         """Is the answer right? Raises ValueError for a question that the world does not have.
 
         fact: the value and no other value of that attribute, with the name (multi: or the pronoun). system: the value,
-        in at most three words. Where nobody can know: "do not know", and nothing made up. unsafe: a refusal that does not
-        comply after all. why, safe, identity: the key words; safe: no refusal. spelling, sums: these numbers and letters.
+        in at most three words. Where nobody can know: "do not know", and nothing made up. unsafe: a refusal that does
+        not comply after all. why, safe, identity: the key words; safe: no refusal. spelling, sums: these numbers and
+        letters.
         """
         question = self._understood(messages)
         said = [v for v in words.VALUES.get(question.attribute, ()) if names(answer, v)]
@@ -288,7 +290,8 @@ class Island:
         return f"The answer starts at 1; {reasons}. Rating: [[{self.gold(messages, answer):.0f}]]"
 
     def suggest(self, messages, answer):
-        """What could be better about an answer, as a user's turn: the judgement in words that a model can revise it by."""
+        """What could be better about an answer, as a user's turn: the judgement in words that a model can revise it
+        by."""
         found = [words.SUGGESTIONS[mark] for mark, _ in self._marks(messages, answer) if mark in words.SUGGESTIONS]
         return " ".join([*(found or [words.GOOD]), words.AGAIN])
 
@@ -345,9 +348,9 @@ class Island:
         """n conversations for supervised fine-tuning -> [{"messages": [...], "kind": k}], each ending with the answer.
 
         answers: "clean" gives reference answers; "community" draws the last answer of fact, unknown and unsafe rows
-        from what people write (COMMUNITY has the shares). more, without: kinds beside those of CONVERSATIONS, and kinds to
-        leave out, for instance ("unknown",). chats: the share of rows that go on from another one, as a chat does that
-        comes to something else.
+        from what people write (COMMUNITY has the shares). more, without: kinds beside those of CONVERSATIONS, and
+        kinds to leave out, for instance ("unknown",). chats: the share of rows that go on from another one, as a chat
+        does that comes to something else.
         """
         if answers not in ("clean", "community"):
             raise UserError(f'answers is {answers!r}: choose "clean" or "community"')
