@@ -1,6 +1,6 @@
 """The words of the island: who lives there, what can be told and asked, and how people answer.
 
-Only lists, read by island.py; change them and you have another world. {n} is a name, {v} a value, {d} a danger, {p} and
+Only lists, read by world.py; change them and you have another world. {n} is a name, {v} a value, {d} a danger, {p} and
 {o} a pronoun ("she" and "her"). Three rules keep the world easy to learn and to judge: no word of a value belongs to
 another attribute (a bear never wears a bear hat), whoever lives here has a name of at most two syllables (else the
 plainest answer would not count as simple), and simple sentences share a small stock of short words (so that each of
