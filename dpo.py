@@ -71,7 +71,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
         losses = (-(1 - e) * F.logsigmoid(beta * h) + e * F.logsigmoid(-beta * h)) / (1 - 2 * e)
     elif loss == "hinge":
         losses = F.relu(1 - beta * h)
-    else:
+    elif loss == "ipo":
         losses = (h - 1 / (2 * beta)) ** 2
     return losses.mean(), beta * chosen.detach(), beta * rejected.detach()
 

@@ -14,6 +14,7 @@ trained stands in pretrain.py and sft.py, how it speaks in generate.py. All that
     embedding, token_matrices      the matrix of token vectors; the names of all matrices with a row a token
     linears(), replace(path, module), attention_paths       the blocks' linear layers, and whatever has taken their places
     hf_names()                     what its parameters are called in Hugging Face's files; it has no other tensors (buffers)
+    from_pretrained, save_pretrained, linear_paths      folders (checkpoints.FAMILIES names the class), the linears' paths
 """
 import math
 import sys
@@ -271,9 +272,9 @@ def read_config(folder):
 def token_logps(model, ids, mask, temperature=1.0):
     """log p(ids[:, 1:]) where mask[:, 1:] is 1, and 0 elsewhere: (B, T) and (B, T) -> (B, T-1), float32.
 
-    Every loss of this project is made of these numbers: pretraining (a mask of ones), SFT (their masked mean), DPO
-    (differences of their sums), PPO (ratios). The head runs on the masked positions only. temperature: the one that the
-    tokens were sampled with, for the probabilities that they had.
+    The losses on a policy are made of these numbers: pretraining (a mask of ones) and SFT of their mean, through
+    summed_logps, DPO of differences of their sums, PPO of ratios. The head runs on the masked positions only.
+    temperature: the one that the tokens were sampled with, for the probabilities that they had.
     """
     learned, (hidden, targets) = mask[:, 1:].bool(), supervised(model, ids, mask)
     logps = torch.cat([-F.cross_entropy(model.head(h) / temperature, t, reduction="none")  # log softmax at t

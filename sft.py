@@ -45,7 +45,8 @@ def masked_loss(logits, targets, mask=None, n=None):
 
     logits (..., V), targets (...), mask (...); no mask: every position counts. n: what to divide by, where these
     positions are only a part of an optimizer step's n supervised tokens; the parts then add up to the step's mean,
-    whatever their sizes.
+    whatever their sizes. evaluate() calls it; a training step takes the same number from sft_loss, whose gradient is
+    made without keeping the logits (a test holds both to each other).
     """
     if mask is not None:
         logits, targets = logits[mask.bool()], targets[mask.bool()]  # (N, V) and (N,): other positions get no gradient
@@ -212,7 +213,7 @@ def report(model, tok, held, held_rows, island, config, run):
               f"   python evaluate.py {config.init} {config.out}{data}    what has changed, in one table")
     if island:
         run.print("   python sft.py --mix 0 --out out/sft-no-mix     the same without plain text: what it forgets\n"
-                  "   python sft.py --without unknown --out out/sft-no-idk    it invents instead, and unknowns.py mends it")
+                  "   python sft.py --without unknown --out out/sft-no-idk    it invents (python -m evals.unknowns)")
 
 
 if __name__ == "__main__":

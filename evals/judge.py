@@ -126,8 +126,8 @@ def parse_verdict(judgment):
 def load_judge(spec, run, island=None):
     """"gold", a reward model's folder or a weighted sum of some, or "http://address/v1#model" -> judge(prompt) -> text.
 
-    The key for an address is read from the environment (data/remote.py). island: gold's world, if not the scripts' one.
-    Raises UserError for anything else. The judge's __name__ is saved beside its judgments.
+    The key for an address is read from the environment (common/remote.py). island: gold's world, if not the scripts'
+    one. Raises UserError for anything else. The judge's __name__ is saved beside its judgments.
     """
     if spec == "gold":
         judge = gold_judge(island or Island())

@@ -5,9 +5,9 @@ which answers "I do not know" to everything is perfectly honest and of no use (A
 
     KL from the SFT model = E_{y ~ pi} [ log pi(y | x) - log pi_ref(y | x) ],   one sample a question, its tokens' sum
 
-MEASURES is the one table of what is measured. sft.py asks for SKILLS (greedy answers), dpo.py and ppo.py for
-PREFERENCES (at temperature 1), evaluate.py for all of TABLE with intervals. A scorer, where one is needed, is an
-argument.
+MEASURES is the one table of what is measured on the island (evals/measure.py has those of your own data). sft.py asks
+for SKILLS (greedy answers), dpo.py and ppo.py for PREFERENCES (at temperature 1), evaluate.py for all of TABLE with
+intervals. A scorer, where one is needed, is an argument.
 """
 import itertools
 from dataclasses import dataclass
