@@ -339,7 +339,10 @@ def restore(state, model, optimizers):
     """Puts a state's tensors into the model and its optimizers. Raises ValueError where a shape is another one: copy_
     would broadcast it, and optimizers do not look."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shapes = lambda tensors: {name: tensor.shape for name, tensor in tensors.items()}
+
+    def shapes(tensors):
+        return {name: tensor.shape for name, tensor in tensors.items()}
+
     if shapes(state["model"]) != shapes(trained):
         raise ValueError("it holds other weights than this model trains")
     for name, tensor in state["model"].items():

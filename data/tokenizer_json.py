@@ -270,8 +270,13 @@ def _library(path, content, why):
         raise UserError(f"{path} is damaged, or nothing that the tokenizers library knows ({error})") from None
     spaced = [step for part in ("normalizer", "pre_tokenizer") for step in _steps(content, part)
               if step not in _steps(more, part)]
-    encode = lambda engine: lambda text: engine.encode(_repaired(text), add_special_tokens=False).ids
-    decode = lambda engine: lambda ids: engine.decode(ids, skip_special_tokens=False)
+
+    def encode(engine):
+        return lambda text: engine.encode(_repaired(text), add_special_tokens=False).ids
+
+    def decode(engine):
+        return lambda ids: engine.decode(ids, skip_special_tokens=False)
+
     return Engine(encode(first), decode(first), encode(other), decode(other),
                   after_special=any(step.get("prepend_scheme") != "first" for step in spaced),
                   doubled=any(step["type"] == "Prepend" for step in spaced))
