@@ -73,6 +73,16 @@ def test_hinge_inside_its_margin():
     assert dpo.dpo_loss(*pair, beta=0.1, loss="hinge")[0].item() == pytest.approx(1 - 0.1 * H)
 
 
+def test_ipo_asks_for_a_difference_of_one_over_two_beta():
+    pair = [torch.tensor([x]) for x in (-1.0, -4.0, -2.0, -3.0)]
+    assert dpo.dpo_loss(*pair, beta=0.2, loss="ipo")[0].item() == pytest.approx((H - 2.5) ** 2)
+
+
+def test_by_default_it_is_plain_dpo_with_beta_a_tenth():
+    four = [noise(3, seed=seed) for seed in range(4)]
+    assert torch.equal(dpo.dpo_loss(*four)[0], dpo.dpo_loss(*four, beta=0.1, label_smoothing=0.0, loss="sigmoid")[0])
+
+
 def test_the_loss_is_the_mean_over_pairs():
     four = [noise(3, seed=seed) for seed in range(4)]
     whole = dpo.dpo_loss(*four)[0].item()
@@ -146,11 +156,11 @@ def test_no_loss_overflows():
     (dict(label_smoothing=0.5, loss="robust"), "for robust below 0.5"),
     (dict(label_smoothing=0.1, loss="ipo"), "--loss ipo has none"),
 ])
-def test_impossible_settings_are_one_sentence(settings, sentence, tmp_path):
+def test_impossible_settings_are_one_sentence(settings, sentence):
     with pytest.raises(UserError, match=sentence):
         dpo.dpo_loss(*(torch.zeros(1),) * 4, **settings)
     with pytest.raises(UserError, match=sentence):  # before anything is loaded or trained
-        dpo.main(dpo.Config(init=str(tmp_path / "none"), **settings))
+        dpo.main(dpo.Config(init="no/such/folder", **settings))
 
 
 # ---- log-probabilities of answers ------------------------------------------------------------------------------------
@@ -183,6 +193,7 @@ def test_log_probabilities_are_summed_over_the_answer_with_its_end_whatever_the_
     ids = torch.cat([ids, torch.full((len(ids), 5), 7)], 1)
     mask = torch.cat([mask, torch.zeros(len(mask), 5, dtype=torch.long)], 1)
     assert torch.allclose(dpo.answer_logps(model, ids, mask, average), logps, atol=1e-5), "padding counts"
+    assert not dpo.answer_logps(model, ids, 0 * mask, average).any(), "0 / 0: an empty answer is no NaN"
 
 
 def test_the_mask_is_the_last_answer_and_its_end_token():
@@ -271,13 +282,22 @@ def test_evaluate_counts_every_pair_once_and_ties_as_wrong():
 @pytest.mark.parametrize("micro_tokens", [1, 60, 200])
 def test_many_small_parts_equal_one_batch(micro_tokens):
     pairs, grads, numbers = examples(), [], []
+    expected = dpo.evaluate(tiny(), pairs, RUN, dpo.Config())
     for tokens in (micro_tokens, 10**6):
         model = tiny()
         numbers.append(dpo.dpo_step(model, pairs, dpo.Config(micro_tokens=tokens), RUN))
         grads.append([p.grad for p in model.parameters()])
         parts = trainer.split(pairs, dpo.pair_width, tokens)
         assert sum(map(len, parts)) == 13 and (len(parts) == 1) == (tokens == 10**6)
+        sizes = [dpo.pair_batch(part, "cpu")[0].numel() for part in parts if len(part) > 1]
+        assert all(size <= tokens for size in sizes), "both sides are padded to the longer one"
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-4), "a mean of means in what is logged"
+    found = {name: numbers[0][name] for name in expected}
+    assert found == pytest.approx(expected, rel=1e-4), "not the means over the pairs"
+    whole = tiny()
+    sides = [torch.stack([by_hand(whole, pair[k]) for pair in pairs]) for k in (0, 1)]
+    dpo.dpo_loss(*sides, *torch.zeros(2, len(pairs)), beta=0.3)[0].backward()  # the script's beta; no reference yet
+    assert all(torch.allclose(a, p.grad, atol=1e-4) for a, p in zip(grads[0], whole.parameters()))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads)), \
         "a mean of means: the parts have different numbers of pairs"
     sizes = {len(part) for part in trainer.split(pairs, dpo.pair_width, 200)}

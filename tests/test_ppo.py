@@ -289,22 +289,95 @@ def rollout_of(lengths, tok, seed=0):
                        torch.randn(len(lengths), generator=g), -3 - torch.rand(shape, generator=g), **noise)
 
 
+def two_models(tok):
+    """A policy and a value model of nothing, the same at every call."""
+    torch.manual_seed(0)
+    policy, trunk = (GPT(GPTConfig(64, tok.vocab_size, 1, 1, 8)).eval() for _ in range(2))
+    return policy, ppo.RewardModel(trunk).eval()
+
+
 def test_micro_batches_change_no_gradient_and_no_number():
     """Masked means over a minibatch are not means of the means of its parts: responses differ in length."""
     tok, found = get_tokenizer("tiny"), []
     rollout = rollout_of([(3, 9), (8, 2), (2, 1), (5, 6), (4, 4)], tok)
     for budget in (10**6, 20):
-        torch.manual_seed(0)
-        policy, trunk = (GPT(GPTConfig(64, tok.vocab_size, 1, 1, 8)).eval() for _ in range(2))
-        value, config = ppo.RewardModel(trunk).eval(), ppo.Config(micro_tokens=budget)
+        (policy, value), config = two_models(tok), ppo.Config(micro_tokens=budget)
         parts = [part for _, part in rollout.parts(budget)]
         logs = [ppo.accumulate(part, policy, value, rollout.mask.sum(), False, 0, config, RUN) for part in parts]
         grads = [p.grad for model in (policy, value) for p in model.parameters() if p.grad is not None]
         found.append((len(parts), {name: sum(log[name] for log in logs) for name in logs[0]}, torch.cat([g.flatten() for g in grads])))
+    logps, values = ppo.response_logps(policy, rollout, 1.0), value.values(rollout.ids)[:, :-1]
+    loss, clipfrac = ppo.policy_loss(logps, rollout.old_logps, rollout.advantages, rollout.mask)
+    v_loss = ppo.value_loss(values, rollout.old_values, rollout.returns, rollout.mask)
+    expected = torch.autograd.grad(loss + v_loss, [p for model in (policy, value) for p in model.parameters()
+                                                   if p.grad is not None])
     (one, numbers, whole), (several, summed, pieces) = found
+    assert numbers["policy_loss"] == pytest.approx(loss.item(), rel=1e-4) and numbers["clipfrac"] == clipfrac.item()
+    assert numbers["value_loss"] == pytest.approx(v_loss.item(), rel=1e-4)
+    expected = torch.cat([g.flatten() for g in expected])
+    assert torch.allclose(whole, expected, atol=1e-6), "not the gradient of both losses"
     assert one == 1 < several and summed == pytest.approx(numbers, rel=1e-4), \
         "a mean of means: the parts have different numbers of tokens"
     assert torch.allclose(whole, pieces, atol=1e-6) and whole.abs().max() > 1e-3, "a mean of means in the gradient"
+
+
+def test_parts_of_a_rollout_are_its_rows_as_wide_as_they_need():
+    rollout = rollout_of([(3, 9), (8, 2), (2, 1), (5, 6), (4, 4)], get_tokenizer("tiny"))
+    parts = list(rollout.parts(24))
+    assert [(rows.tolist(), tuple(part.ids.shape)) for rows, part in parts] == [
+        ([2, 4], (2, 8)), ([1, 3], (2, 11)), ([0], (1, 12))], "a part is wider than its longest response"
+
+
+def test_what_an_update_needs_is_estimated_from_the_models():
+    tok = get_tokenizer("tiny")
+    (policy, value), reference = two_models(tok), GPT(GPTConfig(64, tok.vocab_size, 1, 1, 8)).eval()
+    config = ppo.Config(micro_tokens=20, temperature=0.7, gamma=0.9, lam=0.8)
+    r = rollout_of([(3, 9), (8, 2), (2, 1)], tok)
+    ppo.estimate(r, policy, lambda: ppo.nullcontext(reference), value, 0.3, config, RUN)
+    with torch.no_grad():
+        for model, found in ((policy, r.old_logps), (reference, r.ref_logps)):
+            logps = (model(r.ids)[:, :-1] / 0.7).log_softmax(-1).gather(2, r.ids[:, 1:, None]).squeeze(2)
+            assert torch.allclose(found, logps * r.mask, atol=1e-5), "of another model, or at another temperature"
+        values = value.values(r.ids)[:, :-1] * r.mask
+    assert torch.allclose(r.old_values, values, atol=1e-5), "the value is of the state before the token: off by one"
+    rewards = ppo.kl_rewards(r.scores, r.old_logps, r.ref_logps, r.mask, 0.3)
+    advantages, returns = ppo.gae(rewards, values, r.mask, 0.9, 0.8)
+    assert torch.allclose(r.returns, returns, atol=1e-4), "returns are of the advantages before they are whitened"
+    assert torch.allclose(r.advantages, ppo.whiten(advantages, r.mask), atol=1e-4)
+
+
+def test_an_update_passes_over_every_response_in_minibatches(monkeypatch):
+    tok, seen, mixed = get_tokenizer("tiny"), [], []
+    rollout = rollout_of([(3, 9), (8, 2), (2, 1), (5, 6), (4, 4)], tok)
+    rollout.scores = torch.arange(5.0)  # to tell the rows from each other
+
+    def accumulate(part, policy, value, n, first, step, config, run):
+        seen.append((sorted(part.scores.int().tolist()), int(n), first))
+        return {"loss": float(part.mask.sum())}
+
+    norms = iter(range(100))
+    monkeypatch.setattr(ppo, "accumulate", accumulate)
+    monkeypatch.setattr(ppo, "mix_step", lambda policy, text, *_: mixed.append(text))
+    monkeypatch.setattr(trainer, "update", lambda *_: {"grad_norm": float(next(norms))})
+    config = ppo.Config(minibatch=2, ppo_epochs=3, micro_tokens=10**6)
+    found = ppo.ppo_update(rollout, "policy", "value", ("a", "b"), "text", 4, config, RUN)
+    for epoch in range(3):
+        rows = [row for part, *_ in seen[3 * epoch:3 * epoch + 3] for row in part]
+        assert sorted(rows) == [0, 1, 2, 3, 4], "a response is learned twice in a pass, or never"
+    assert [len(rows) for rows, *_ in seen] == [2, 2, 1] * 3
+    assert len({str(rows) for rows, *_ in seen}) > 3, "every pass has the same minibatches"
+    tokens = [9, 2, 1, 6, 4]
+    assert all(n == sum(tokens[row] for row in rows) for rows, n, _ in seen), "n is of the whole minibatch"
+    assert [first for *_, first in seen] == [True] + [False] * 8, "the ratio is 1 before the first update only"
+    assert mixed == ["text"] * 9  # beside each minibatch
+    assert found == {"loss": 22 / 3, "grad_norm": 8.0, "value_grad_norm": 9.0}, "not the means over the minibatches"
+    ppo.ppo_update(rollout, "policy", "value", ("a", "b"), None, 4, config, RUN)
+    assert len(mixed) == 9
+    del seen[:]
+    config = ppo.Config(minibatch=5, ppo_epochs=1, micro_tokens=20)
+    found = ppo.ppo_update(rollout, "policy", "value", ("a", "b"), None, 4, config, RUN)
+    assert found["loss"] == 22, "the numbers of the parts are not added up"
+    assert len(seen) > 2 and {tuple(rest) for _, *rest in seen} == {(22, True)}, "the parts of a minibatch share its tokens"
 
 
 def test_rows_of_a_rollout_keep_their_columns_together():

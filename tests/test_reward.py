@@ -166,6 +166,13 @@ def test_accumulation_equals_one_large_batch(micro_tokens):
     assert all(answers * longest <= 300 for answers, longest in widths if answers > 6)
 
 
+def test_parts_hold_as_many_whole_questions_as_the_budget_allows():
+    sizes = (9, 2), (4, 3), (30, 2), (5, 2), (4, 2)  # tokens and answers of five questions
+    parts = reward.split_rankings([reward.Ranking([[0] * longest] * k, None, None) for longest, k in sizes], 20)
+    assert [[(r.longest, len(r.ids)) for r in part] for part in parts] == [
+        [(4, 3), (4, 2)], [(5, 2)], [(9, 2)], [(30, 2)]]  # five answers of 4 tokens are exactly 20
+
+
 def test_only_chosen_pairs_count():
     scores, ranks = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([0, 1, 2])
     some = torch.zeros(3, 3, dtype=torch.bool)

@@ -23,6 +23,7 @@ from data import files
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.flags import check, parse
+from kernels import head
 from model import GPT, GPTConfig, TokenMatrix, summed_logps, token_logps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +107,13 @@ def test_the_fast_sum_is_the_sum_of_the_readable_log_probabilities(frozen, monke
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
     assert torch.allclose(found[0][1], found[1][1], atol=1e-12), \
         "d/dlogits is onehot - softmax, times what comes from above"
+
+
+def test_hidden_states_in_bfloat16_have_float32_logits():
+    hidden, weight, targets = torch.randn(5, 8).bfloat16(), torch.randn(11, 8), torch.randint(11, (5,))
+    expected = (hidden.float() @ weight.t()).log_softmax(-1).gather(1, targets[:, None]).sum()
+    found = head.summed_logps(hidden, weight, targets, rows=2)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def shifted():

@@ -35,7 +35,7 @@ def test_lengths_in_a_batch_are_similar():
 
 
 def test_parts_are_as_long_as_the_budget_allows_and_a_wider_row_is_alone():
-    assert trainer.split([5, 40, 1, 5, 2, 30, 2], int, 10) == [[1, 2, 2], [5, 5], [30], [40]]
+    assert trainer.split([-5, -40, -1, -5, -2, -30, -2], abs, 10) == [[-1, -2, -2], [-5, -5], [-30], [-40]]
 
 
 def test_processes_share_the_rows_of_a_batch():
