@@ -106,10 +106,10 @@ def test_the_gradient_raises_the_chosen_and_lowers_the_rejected(loss, smoothing)
     """Swapped sides or a lost sign fail here. For the plain loss it is -beta sigmoid(-beta h)."""
     chosen, rejected = noise(6).requires_grad_(), noise(6, seed=1).requires_grad_()
     zeros = torch.zeros(6, dtype=torch.float64)
-    value, rewards, _ = dpo.dpo_loss(chosen, rejected, zeros, zeros, 0.1, smoothing, loss)
+    value, *rewards = dpo.dpo_loss(chosen, rejected, zeros, zeros, 0.1, smoothing, loss)
     value.backward()
     assert (chosen.grad < 0).all() and torch.allclose(chosen.grad, -rejected.grad), "chosen and rejected are swapped"
-    assert not rewards.requires_grad
+    assert not any(side.requires_grad for side in rewards), "rewards are numbers to look at: detach both"
     swapped = dpo.dpo_loss(rejected, chosen, zeros, zeros, 0.1, smoothing, loss)[0]
     assert swapped.item() != pytest.approx(value.item(), rel=1e-3)
     if (loss, smoothing) == ("sigmoid", 0.0):
@@ -188,6 +188,7 @@ def test_log_probabilities_are_summed_over_the_answer_with_its_end_whatever_the_
     logps = dpo.answer_logps(model, ids, mask, average)
     answers = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
     expected = torch.stack([by_hand(model, answer, average) for answer in answers])
+    assert average or torch.equal(dpo.answer_logps(model, ids, mask), logps), "by default it is the sum"
     assert torch.allclose(logps, expected, atol=1e-4), \
         "sum and mean are mixed up, the end token is missing, or the sides are swapped"
     ids = torch.cat([ids, torch.full((len(ids), 5), 7)], 1)
@@ -234,6 +235,8 @@ def test_identical_answers_have_no_gradient(loss, smoothing):
     answer = examples()[0][0]
     dpo.forward(model, [(answer, answer)], RUN, config)[0].backward()
     assert all(p.grad is None or p.grad.abs().max() < 1e-6 for p in model.parameters())
+    _, totals = dpo.forward(model, [(answer, answer)], RUN, config)
+    assert totals[dpo.TOTALS.index("accuracy")] == 0, "a tie is not right"
 
 
 # ---- the reference ---------------------------------------------------------------------------------------------------

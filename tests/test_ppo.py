@@ -35,6 +35,16 @@ def test_kl_rewards_hand_worked():
         "the KL has the wrong sign, or the score is not on the last response token"
 
 
+def test_a_response_of_one_token_has_its_score_on_that_token():
+    zeros, mask = torch.zeros(1, 4), torch.tensor([[0.0, 0, 1, 0]])
+    rewards = ppo.kl_rewards(torch.tensor([3.0]), zeros, zeros, mask, 0.1)
+    assert rewards.tolist() == [[0, 0, 3, 0]], "the prompt is rewarded"
+
+
+def test_the_mean_over_nothing_is_0():
+    assert ppo.masked_mean(torch.ones(2, 3), torch.zeros(2, 3)) == 0
+
+
 def test_policy_equal_to_reference_leaves_the_score_alone():
     logps, scores = noise(2, 5), torch.tensor([1.5, -2.0])
     rewards = ppo.kl_rewards(scores, logps, logps.clone(), MASK, beta=10.0)
@@ -123,11 +133,12 @@ def test_policy_loss_clips_on_the_right_side_only(ratio, advantage, expected, mo
 
 @pytest.mark.parametrize("sign", [1, -1])  # a value that rises too far, and one that falls too far
 def test_value_loss_hand_worked_is_clipped_on_both_sides(sign):
-    values, old, returns = torch.tensor([[1.0, 0.5, 9.0]]), torch.tensor([[0.0, 0.4, 0.0]]), torch.tensor([[2.0, 1.0, 0.0]])
-    mask = torch.tensor([[1.0, 1.0, 0.0]])
-    # clipped value 0.2: max((1 - 2)^2, (0.2 - 2)^2) = 3.24;   within the clip: (0.5 - 1)^2 = 0.25
+    values, old = torch.tensor([[1.0, 0.5, 2.1, 1.0, 9.0]]), torch.tensor([[0.0, 0.4, 2.0, 0.0, 0.0]])
+    returns, mask = torch.tensor([[2.0, 1.0, 2.0, -1.0, 0.0]]), torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0]])
+    # clipped value 0.2: max((1 - 2)^2, (0.2 - 2)^2) = 3.24;   within the clip: (0.5 - 1)^2 = 0.25, (2.1 - 2)^2 = 0.01;
+    # clipped value 0.2, nearer to the return than the value itself: max((1 + 1)^2, (0.2 + 1)^2) = 4
     loss = ppo.value_loss(sign * values, sign * old, sign * returns, mask)  # clipped by 0.2, as it should be by default
-    assert loss.item() == pytest.approx(0.5 * (3.24 + 0.25) / 2), \
+    assert loss.item() == pytest.approx(0.5 * (3.24 + 0.25 + 0.01 + 4) / 4), \
         "the smaller of the two was taken, or the value is clipped on one side only"
 
 
@@ -164,6 +175,7 @@ def test_explained_variance():
     returns = noise(2, 5)
     assert ppo.explained_variance(returns, returns, MASK) == pytest.approx(1)
     assert ppo.explained_variance(torch.zeros(2, 5), returns, MASK) == pytest.approx(0, abs=1e-5)
+    assert ppo.explained_variance(returns / 2 + 3, returns, MASK) == pytest.approx(0.75), "a variance is about the mean"
 
 
 # ---- a problem whose optimum is known --------------------------------------------------------------------------------
@@ -236,6 +248,11 @@ def test_a_ratio_that_is_not_1_is_said(capsys):
     assert capsys.readouterr().out == ""
     ppo.check_ratio(logps, logps + 0.01, mask, 7, RUN)
     assert "step 7: before the first update a ratio is 1.00995" in capsys.readouterr().out
+    half = trainer.Run(RUN.device, torch.bfloat16)
+    ppo.check_ratio(logps, logps + 0.01, mask, 7, half)  # bfloat16 rounds more than that
+    assert capsys.readouterr().out == ""
+    ppo.check_ratio(logps, logps + 0.05, mask, 8, half)
+    assert "step 8" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("settings", [{"target_kl": 0.5}, {"lora_r": 2}])
@@ -304,16 +321,17 @@ def test_micro_batches_change_no_gradient_and_no_number():
         (policy, value), config = two_models(tok), ppo.Config(micro_tokens=budget)
         parts = [part for _, part in rollout.parts(budget)]
         logs = [ppo.accumulate(part, policy, value, rollout.mask.sum(), False, 0, config, RUN) for part in parts]
-        grads = [p.grad for model in (policy, value) for p in model.parameters() if p.grad is not None]
+        grads = [p.grad for model in (policy, value) for p in model.parameters()]
         found.append((len(parts), {name: sum(log[name] for log in logs) for name in logs[0]}, torch.cat([g.flatten() for g in grads])))
     logps, values = ppo.response_logps(policy, rollout, 1.0), value.values(rollout.ids)[:, :-1]
     loss, clipfrac = ppo.policy_loss(logps, rollout.old_logps, rollout.advantages, rollout.mask)
     v_loss = ppo.value_loss(values, rollout.old_values, rollout.returns, rollout.mask)
-    expected = torch.autograd.grad(loss + v_loss, [p for model in (policy, value) for p in model.parameters()
-                                                   if p.grad is not None])
+    expected = torch.autograd.grad(loss + v_loss, [p for model in (policy, value) for p in model.parameters()])
     (one, numbers, whole), (several, summed, pieces) = found
     assert numbers["policy_loss"] == pytest.approx(loss.item(), rel=1e-4) and numbers["clipfrac"] == clipfrac.item()
     assert numbers["value_loss"] == pytest.approx(v_loss.item(), rel=1e-4)
+    approx_kl = ppo.kl_k3(rollout.old_logps, logps, rollout.mask).item()
+    assert numbers["approx_kl"] == pytest.approx(approx_kl, rel=1e-4), "of the old policy from the new one"
     expected = torch.cat([g.flatten() for g in expected])
     assert torch.allclose(whole, expected, atol=1e-6), "not the gradient of both losses"
     assert one == 1 < several and summed == pytest.approx(numbers, rel=1e-4), \
@@ -321,11 +339,19 @@ def test_micro_batches_change_no_gradient_and_no_number():
     assert torch.allclose(whole, pieces, atol=1e-6) and whole.abs().max() > 1e-3, "a mean of means in the gradient"
 
 
+def test_the_ratio_is_checked_before_the_first_update_only(capsys):
+    tok = get_tokenizer("tiny")
+    rollout = rollout_of([(3, 9), (2, 1)], tok)  # of no model: its ratios are far from 1
+    for first in (False, True):
+        ppo.accumulate(rollout, *two_models(tok), rollout.mask.sum(), first, 3, ppo.Config(), RUN)
+        assert ("step 3: before the first update a ratio is" in capsys.readouterr().out) is first
+
+
 def test_parts_of_a_rollout_are_its_rows_as_wide_as_they_need():
     rollout = rollout_of([(3, 9), (8, 2), (2, 1), (5, 6), (4, 4)], get_tokenizer("tiny"))
-    parts = list(rollout.parts(24))
-    assert [(rows.tolist(), tuple(part.ids.shape)) for rows, part in parts] == [
-        ([2, 4], (2, 8)), ([1, 3], (2, 11)), ([0], (1, 12))], "a part is wider than its longest response"
+    for budget, pair in ((22, [([1, 3], (2, 11))]), (21, [([1], (1, 10)), ([3], (1, 11))])):
+        parts = [(rows.tolist(), tuple(part.ids.shape)) for rows, part in rollout.parts(budget)]
+        assert parts == [([2, 4], (2, 8)), *pair, ([0], (1, 12))], "a part is wider than it needs, or than the budget"
 
 
 def test_what_an_update_needs_is_estimated_from_the_models():

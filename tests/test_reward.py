@@ -318,6 +318,8 @@ def test_accuracy_over_pairs_and_over_questions():
     scores = [[0.3, 0.2, 0.9], [0.0, 1.0], [4.0, 0.0]]
     assert reward.accuracy(rows, scores) == (2 / 4, (1 / 3 + 1) / 2, 4)
     assert reward.accuracy(rows_of([1, 0]), [[0.5, 0.5]]) == (0.0, 0.0, 1)  # a model that says nothing is not right
+    six = rows_of([1, 2, 3, 4, 5, 6])
+    assert reward.accuracy(six, [[1, 2, 3, 4, 5, 6]]) == (1, 1, 15), "all pairs are counted, whatever --max-pairs says"
     micro, macro, n = reward.accuracy(rows_of([1, 1]), [[0.5, 0.1]])
     assert math.isnan(micro) and math.isnan(macro) and n == 0  # 0 % would be a bad model
 

@@ -24,7 +24,7 @@ from data.tokenizer import get_tokenizer
 from common.errors import UserError
 from common.flags import check, parse
 from kernels import head
-from model import GPT, GPTConfig, TokenMatrix, summed_logps, token_logps
+from model import GPT, GPTConfig, TokenMatrix, slices, summed_logps, supervised, token_logps
 
 ROOT = Path(__file__).resolve().parents[1]
 TOK = get_tokenizer("tiny")
@@ -75,6 +75,16 @@ def test_masked_loss_survives_infinities_outside_the_mask():
     assert sft.masked_loss(logits, torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0, 1]])).item() == pytest.approx(math.log(3))
 
 
+def test_the_first_token_is_never_predicted_so_it_never_counts():
+    """A mask that begins with 1, as that of pretraining does."""
+    ids = [5, 6, 7, 8]
+    expected = next_token_loss(tiny(), torch.tensor([ids])).item()
+    rows, mask = [(ids, [1] * 4)], torch.ones(1, 4)
+    losses = [sft.sft_loss(tiny(), torch.tensor([ids]), mask).item(), sft.evaluate(tiny(), rows, RUN, 99),
+              sft.sft_step(tiny(), rows, sft.Config(), RUN)]
+    assert losses == pytest.approx([expected] * 3), "divided by all four tokens: three are predicted"
+
+
 @pytest.mark.parametrize("logits", [1, 3000, 10**9])  # a slice for every position, some slices, one
 def test_slices_of_the_head_change_nothing(monkeypatch, logits):
     ids, mask = trainer.pad(sft.make_examples(rows_of(6), TOK, 97))
@@ -86,6 +96,8 @@ def test_slices_of_the_head_change_nothing(monkeypatch, logits):
     monkeypatch.setattr("model.SLICE", logits)
     assert torch.allclose(token_logps(model, ids, mask).double(), expected, atol=1e-5), \
         "not shifted by one, or slices out of order"
+    longest = max(len(targets) for _, targets in slices(model, *supervised(model, ids, mask)))
+    assert longest * TOK.vocab_size <= max(logits, TOK.vocab_size), "a slice has more logits than are good for the head"
     model.zero_grad()
     sft.sft_loss(model, ids, mask).backward()
     assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(grads, model.parameters()))
@@ -173,6 +185,8 @@ def test_plain_text_beside_another_loss_is_the_weighted_mean_over_its_windows(mi
     assert all(torch.allclose(a.grad, b.grad, atol=1e-6) for a, b in zip(model.parameters(), whole.parameters()))
     halves = [pretrain.mix_step(model, text, 7, config, trainer.Run(RUN.device, RUN.dtype, rank, 2)) for rank in (0, 1)]
     assert sum(halves) == pytest.approx(loss, rel=1e-5), "two processes learn other windows than one"
+    assert pretrain.pretrain_step(model, text, 5, 7, config, RUN) == pytest.approx(loss / 0.3, rel=1e-5)  # by itself
+    assert pretrain.pretrain_step(model, text, 1, 7, config, trainer.Run(RUN.device, RUN.dtype, 1, 2)) == 0  # no row
 
 
 def test_windows_of_plain_text_depend_on_seed_and_step():

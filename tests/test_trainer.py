@@ -151,6 +151,7 @@ def test_learning_rate_at_hand_worked_steps():
         return [round(trainer.learning_rate(step, 8, c) / 3, 6) for step in range(8)]  # as shares of the highest
 
     assert rates(config)[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates(config)[4] == pytest.approx(0.1 + 0.9 * 0.8535534, abs=1e-6)  # (1 + cos 45 degrees) / 2, not 3 / 4
     assert rates(config)[5] == pytest.approx(0.1 + 0.9 * 0.5, abs=1e-6) and rates(config)[7] == 0.1
     config.schedule = "linear"
     assert rates(config)[3:] == [1.0, 0.775, 0.55, 0.325, 0.1]
