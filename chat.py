@@ -37,7 +37,7 @@ from island.world import Island, says
 from data.tokenizer import get_tokenizer
 from common.disk import Ledger, write_jsonl
 from common.errors import UserError
-from common.flags import Amount, Count, Positive, Probability, parse
+from common.flags import Amount, Count, DType, Positive, Probability, parse
 from generate import fit_question, generate, stream
 from reward import load_rewards
 
@@ -323,7 +323,7 @@ class Config:
     template: str = ""  # how conversations are written: chat, human or alpaca; empty: as the folder says, else chat
     seed: int = 0  # of the sampling
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
-    dtype: str = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
+    dtype: DType = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
 
 
 def newest():

@@ -217,16 +217,20 @@ def score_rows(model, tok, rows, run, micro_tokens):
     return [[next(scores) for _ in row["answers"]] for row in rows]
 
 
+def score_pairs(rows, scores, by="score"):
+    """For each row: [(the model's score of the answer with more `by`, that of the other), ...], of all its pairs."""
+    return [[(s[w], s[l]) for w, l in make_pairs([answer[by] for answer in row["answers"]], max_pairs=0)]
+            for row, s in zip(rows, scores, strict=True)]
+
+
 def right(rows, scores, by="score"):
     """For each row that has a pair: [did the answer with more `by` get the higher score, ...]. A tie is not right."""
-    pairs = [make_pairs([answer[by] for answer in row["answers"]], max_pairs=0) for row in rows]
-    return [[s[w] > s[l] for w, l in of_row] for s, of_row in zip(scores, pairs, strict=True) if of_row]
+    return [[w > l for w, l in pairs] for pairs in score_pairs(rows, scores, by) if pairs]
 
 
 def held_out_loss(rows, scores):
     """The loss over the pairs of these rows, each pair alike."""
-    pairs = [(s[w], s[l]) for row, s in zip(rows, scores, strict=True)
-             for w, l in make_pairs([answer["score"] for answer in row["answers"]], max_pairs=0)]
+    pairs = [pair for of_row in score_pairs(rows, scores) for pair in of_row]
     chosen, rejected = torch.tensor(pairs).view(-1, 2).unbind(1)  # (N,) each
     return bradley_terry_loss(chosen, rejected).item()
 
@@ -250,11 +254,9 @@ def calibration(rows, scores, bins=10):
     (0, nan, nan).
     """
     found = [[] for _ in range(bins)]
-    for row, s in zip(rows, scores, strict=True):
-        for w, l in make_pairs([answer["score"] for answer in row["answers"]], max_pairs=0):
-            predicted = 1 / (1 + math.exp(-min(abs(s[w] - s[l]), 50)))
-            found[min(int((predicted - 0.5) * 2 * bins), bins - 1)].append((predicted, s[w] > s[l]))
-
+    for w, l in (pair for of_row in score_pairs(rows, scores) for pair in of_row):
+        predicted = 1 / (1 + math.exp(-min(abs(w - l), 50)))
+        found[min(int((predicted - 0.5) * 2 * bins), bins - 1)].append((predicted, w > l))
     return [(len(b), mean([p for p, _ in b]), mean([won for _, won in b])) for b in found]
 
 

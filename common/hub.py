@@ -46,7 +46,7 @@ def find(name_or_folder):
                                       allow_patterns=["config.json", "model.safetensors", "tokenizer.json"]))
     except Exception as error:  # no network, no such name, no space: the cure is the same
         raise UserError(f"{name_or_folder} could not be fetched ({type(error).__name__}): check the network, or "
-                        f"download config.json and model.safetensors by hand from "
+                        "download config.json and model.safetensors by hand from "
                         f"huggingface.co/openai-community/{name_or_folder}")
 
 
@@ -78,8 +78,8 @@ def open_weights(folder):
         files = set(json.loads(index.read_text())["weight_map"].values())
     elif (folder / "pytorch_model.bin").is_file():
         raise UserError(f"{folder} has only pytorch_model.bin, a pickle that could run any code: convert it with "
-                        "transformers: "
-                        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)")
+                        "transformers: AutoModelForCausalLM.from_pretrained(folder)"
+                        ".save_pretrained(folder, safe_serialization=True)")
     else:
         raise UserError(f"{folder} has a config.json but no model.safetensors")
     where = {}

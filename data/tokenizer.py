@@ -20,9 +20,10 @@ from pathlib import Path
 
 import tiktoken
 
-from data.bpe import PATTERN, load_ranks
 from common.disk import settle
 from common.errors import UserError
+from common.hub import PUBLIC
+from data.bpe import PATTERN, load_ranks
 from data.tokenizer_json import (CHAT_TOKENS, END_OF_TEXT, Engine, added_token, begin_of, content_of, read_folder,
                                  whole)
 
@@ -214,7 +215,7 @@ def get_tokenizer(name_or_folder, template=None):
         return _from_folder(path, template)
     if path.is_file():
         return _from_ranks(path.stem, load_ranks(path), template)
-    if name_or_folder in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+    if name_or_folder in PUBLIC:
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
         except Exception as error:  # whatever the network does, the cure is the same

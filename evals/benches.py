@@ -176,23 +176,28 @@ def installed(package, candidates):
     return {}
 
 
+def epochs(model, config, run, rows, widths, train_step, first=lambda: None):
+    """-> a function that trains for one epoch as sft.py and dpo.py do, in an order of its own in every call. train_step:
+    the script's; first: what an epoch begins with."""
+    optimizer, batches = trainer.adamw(model, config), trainer.Batches(widths, config.batch_size, config.seed)
+    steps = itertools.count()  # goes on from call to call
+
+    def epoch():
+        first()
+        for step in itertools.islice(steps, len(batches)):
+            trainer.begin_step(step, step + 1, optimizer, config, run)
+            train_step(model, [rows[i] for i in batches[step]], config, run)
+            trainer.update(model, optimizer, config, run, step)
+
+    return epoch
+
+
 def our_sft(folder):
     """-> a function that trains for one epoch, with the parts that sft.py's loop is made of."""
     inputs, run = read_folder(folder)
     config = sft.Config(init=folder, lr=1e-5, warmup=0, schedule="constant", batch_size=inputs["batch_size"])
-    model, _ = load_init(config, run)
-    optimizer = trainer.adamw(model, config)
     examples = inputs["examples"]
-    batches = trainer.Batches([len(ids) for ids, _ in examples], config.batch_size, config.seed)
-    steps = itertools.count()  # goes on from call to call, so every epoch has an order of its own
-
-    def epoch():
-        for step in itertools.islice(steps, len(batches)):
-            trainer.begin_step(step, step + 1, optimizer, config, run)
-            sft.sft_step(model, [examples[i] for i in batches[step]], config, run)
-            trainer.update(model, optimizer, config, run, step)
-
-    return epoch
+    return epochs(load_init(config, run)[0], config, run, examples, [len(ids) for ids, _ in examples], sft.sft_step)
 
 
 def bench_sft(args):
@@ -219,19 +224,12 @@ def our_dpo(folder):
     inputs, run = read_folder(folder)
     config = dpo.Config(init=folder, lr=1e-6, warmup=0, schedule="constant", batch_size=inputs["batch_size"])
     model, _ = load_init(config, run)
-    optimizer = trainer.adamw(model, config)
     pairs = [tuple(dpo.Answer(*answer) for answer in pair) for pair in inputs["pairs"]]
-    batches = trainer.Batches([dpo.pair_width(pair) for pair in pairs], config.batch_size, config.seed)
-    steps = itertools.count()  # goes on from call to call, so every epoch has an order of its own
 
-    def epoch():
-        dpo.add_reference(model, pairs, run, config)  # in every call: TRL asks its reference in every step
-        for step in itertools.islice(steps, len(batches)):
-            trainer.begin_step(step, step + 1, optimizer, config, run)
-            dpo.dpo_step(model, [pairs[i] for i in batches[step]], config, run)
-            trainer.update(model, optimizer, config, run, step)
+    def ask_reference():  # in every call: TRL asks its reference in every step
+        dpo.add_reference(model, pairs, run, config)
 
-    return epoch
+    return epochs(model, config, run, pairs, list(map(dpo.pair_width, pairs)), dpo.dpo_step, ask_reference)
 
 
 def bench_dpo(args):

@@ -109,14 +109,18 @@ def columns(found, table, names):
 
 def page(found, seconds, seeds, run):
     """Everything as Markdown."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                            text=True)
     dtype = str(run.dtype).removeprefix("torch.")
     times = ", ".join(f"{name} {span([one[name] for one in seconds if name in one], '{:.0f}')}" for name in STAGES
                       if any(name in one for one in seconds))
-    base = [[key, span([one["base"][key] for one in found], form)] for key, form in (("held-out loss", "{:.3f}"), ("quiz", "{:.0%}"))]
-    judge = [[key, span([one["reward"][key] for one in found], form)] for key, form in zip(found[0]["reward"], ("{:.1%}", "{:.1%}", "{:.2f}"))]
+    base = [[key, span([one["base"][key] for one in found], form)]
+            for key, form in (("held-out loss", "{:.3f}"), ("quiz", "{:.0%}"))]
+    judge = [[key, span([one["reward"][key] for one in found], form)]
+             for key, form in zip(found[0]["reward"], ("{:.1%}", "{:.1%}", "{:.2f}"))]
     forms = {"largest": "{:.1e}", "mean": "{:.1e}", "changed": "{:.2%}", "facts": "{:.0%}"}
-    merges = [[how, *(span([one["merges"][how][key] for one in found], form) for key, form in forms.items())] for how in lora.MERGES]
+    merges = [[how, *(span([one["merges"][how][key] for one in found], form) for key, form in forms.items())]
+              for how in lora.MERGES]
     return f"""# Results on the island
 
 Written by `python evaluate.py --results --seeds {','.join(map(str, seeds))}` on {datetime.date.today()}, commit

@@ -35,7 +35,7 @@ from data.tokenizer import get_tokenizer
 from generate import ask
 from common.disk import writing
 from common.errors import UserError
-from common.flags import Amount, Count, Positive, parse
+from common.flags import Amount, Count, DType, Positive, parse
 
 AT_ONCE = 64  # answers generated side by side
 MATCH = 0.75  # share of the reference's key words that an answer must hold: both of two, three of four
@@ -133,7 +133,7 @@ class Config:
     max_new_tokens: Positive = 48  # longest answer
     seed: int = 0  # of the answers
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
-    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
+    dtype: DType = "auto"  # float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
 
 
 def checked(config):

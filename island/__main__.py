@@ -2,7 +2,7 @@
 
     python -m island                                   a sample of everything
     python -m island --ask "What does Mabel eat?"      the truth
-    python -m island --write out/island                    every part as JSONL, in the formats of public data sets
+    python -m island --write out/island                every part as JSONL, in the formats of public data sets
     python -m island --dump dump                       a dirty dump, for the filters of data/eli5.py: see dirty.py
 """
 import argparse

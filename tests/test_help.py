@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from common.flags import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +23,12 @@ def test_help_explains_every_flag(name, capsys):
     assert end.value.code == 0 and (f"python -m {name}" if "." in name else f"{name}.py") in printed
     flags = [line for line in printed.splitlines() if line.startswith("  --")]
     assert "usage" in printed and (flags or name == "evals.judge")
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_CONFIG if hasattr(importlib.import_module(name).Config, "dtype")])
+def test_a_dtype_that_no_script_has_is_one_line(name):
+    with pytest.raises(UserError, match="^--dtype fp16: it must be one of auto, float32, bfloat16$"):
+        parse(importlib.import_module(name).Config, argv=["--dtype", "fp16"])
 
 
 @pytest.mark.parametrize("name", WITH_ARGPARSE)
