@@ -44,7 +44,7 @@ class TrainConfig:
     """The flags that all training scripts have in common; each script adds its own and changes defaults."""
 
     data: str = ""  # your file (.jsonl, .json, .csv, each optionally .gz); empty: the embedded island
-    init: str = "out/base"  # start from this checkpoint folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    init: str = "out/base"  # start from this checkpoint folder, gpt2 ... gpt2-xl, or owner/model on the Hugging Face hub
     out: str = "out/run"  # folder for the checkpoint and log.jsonl
     tokenizer: str = ""  # tiny, gpt2, a rank file or a folder; empty: the one in --init
     template: Template = ""  # how conversations are written: chat, search, human or alpaca; empty: as --init says, else chat

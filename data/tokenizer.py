@@ -22,7 +22,7 @@ import tiktoken
 
 from common.disk import settle
 from common.errors import UserError
-from common.hub import PUBLIC
+from common.hub import PUBLIC, find, is_name
 from data.bpe import PATTERN, load_ranks
 from data.tokenizer_json import (CHAT_TOKENS, END_OF_TEXT, Engine, added_token, begin_of, content_of, read_folder,
                                  whole)
@@ -222,6 +222,8 @@ def get_tokenizer(name_or_folder, template=None):
             raise UserError("GPT-2's tokenizer could not be fetched (" + type(error).__name__ + "): without a network, "
                             "name its rank file, as in --tokenizer path/to/gpt2.tiktoken")
         return Tokenizer("gpt2", gpt2._mergeable_ranks, {END_OF_TEXT: gpt2.eot_token}, PATTERN, template or "chat")
+    if is_name(str(name_or_folder)):
+        return _from_folder(find(name_or_folder), template)
     raise UserError(f"there is no tokenizer {name_or_folder!r}: give tiny, gpt2, a rank file (.tiktoken) or a folder "
                     "that holds tokenizer.json")
 
