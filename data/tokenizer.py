@@ -84,6 +84,9 @@ class Tokenizer:
         if template != "own" and template not in formats:
             raise UserError(f"there is no chat template {template!r}: choose one of {', '.join(formats)}, own")
         if template == "own":
+            if not self.own:
+                raise UserError(f"{name} has no chat format of its own (chat_template in tokenizer_config.json): choose "
+                                f"another --template, such as {', '.join(KNOWN)}")
             own = OwnFormat(self.own, self.named, self.special, name)
             template = known(own, {key: formats[key] for key in KNOWN if self.special.keys() >= set(formats[key].tokens)})
         for token in formats[template].tokens if template in formats else ():
@@ -224,9 +227,6 @@ def _from_ranks(name, ranks, template):
 def _from_folder(folder, template):
     settings, own, parts = read_folder(folder)
     template = template or settings.get("nanoalign_template") or ("own" if own else "chat")
-    if template == "own" and not own:
-        raise UserError(f"{folder} has no chat format of its own (chat_template in tokenizer_config.json): choose another "
-                        f"--template, such as {', '.join(KNOWN)}")
     keep = template == "own" or template in KNOWN and template == settings.get("nanoalign_template")
     return Tokenizer(str(folder), template=template, own=own if keep else "",
                      new_ids=settings.get("nanoalign_new_ids", ()), **parts)
