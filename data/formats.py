@@ -184,7 +184,7 @@ class OwnFormat:
                 raise ValueError(f"unknown role {message['role']!r}: a message is from system, user, assistant")
             if message["role"] == "assistant":
                 begin = next((len(prompt) for prompt in self.prompts(messages[:i]) if text.startswith(prompt)), -1)
-                end = begin >= (spans[-1][1] if spans else 0) and self.special.search(text, begin)
+                end = begin >= 0 and self.special.search(text, begin)
                 found, said = text[begin:end.start()].strip() if end else "", message["content"].strip()
                 # a template may put an empty thought before the answer, or take a thought out of it
                 if not end or bool(found) < bool(said) or not (found.endswith(said) or said.endswith(found)):

@@ -90,6 +90,7 @@ def test_tokens_of_the_model_take_the_place_of_ours():
     human, chat = of("human", begin=[256]), of("chat", begin=[256])
     assert human.new_ids == [] and human.end == SPECIAL["</s>"] and human.render(CHAT)[0][0] == 256
     assert [chat._names[i] for i in chat.new_ids] == ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    assert t.Tokenizer("a model", BYTES, SPECIAL).end_of_text == SPECIAL["</s>"]  # though no setting says so
     assert chat.document("a") == [256, ord(" "), ord("a")] and chat.end_of_text == SPECIAL["</s>"]
 
 
@@ -116,6 +117,9 @@ def test_its_own_format_is_written_as_it_says_and_known_by_name():
     tok = of("own", "At home: " + CHATML + ASK)
     assert tok.template_name == "own" and tok.end == SPECIAL["<|im_end|>"] and tok.new_ids == []
     assert learned(tok, CHAT[1:3]) == "At home: <|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n[Pip.<|im_end|>]\n"
+    fewer = {name: i for name, i in SPECIAL.items() if name != "<|im_start|>"}  # it is text there, so it stays text
+    tok = t.Tokenizer("a model", BYTES, fewer, template="own", own=CHATML + ASK)
+    assert tok.template_name == "own" and tok.new_ids == []
     context = [CHAT[1], CHAT[2] | {"loss_weight": 0}, *CHAT[3:]]
     assert tok.render(context)[0] == tok.render(CHAT[1:])[0] and learned(tok, context).count("[") == 1
 
@@ -266,6 +270,14 @@ def test_the_policy_stops_wherever_an_answer_ends(monkeypatch):
     rollout = ppo.roll_out(None, tok, [[CHAT[1]]] * 4, [tok.render_prompt([CHAT[1]])] * 4, ppo.Config(), run, 0)
     assert seen == [tok.stops] and rollout.ended.tolist() == [True, True, False, False]
     assert [talk[-1]["content"] for talk in rollout.conversations] == [tok.decode([65])] * 3 + [tok.decode([65, 66])]
+
+
+def test_a_name_that_is_a_part_of_the_format_is_kept(tmp_path):
+    own, settings = "{{ bos_token }}{{ eos_token }}: " + CHATML + ASK, {"eos_token": "<|endoftext|>", "bos_token": {"content": "<|im_start|>"}}
+    tok = get_tokenizer(folder_with(tmp_path, settings | {"chat_template": own}))
+    assert learned(tok, CHAT[1:2]).startswith("<|im_start|><|endoftext|>: <|im_start|>user\nWho?<|im_end|>")
+    tok.save(tmp_path)
+    assert get_tokenizer(str(tmp_path)).render(CHAT) == tok.render(CHAT)
 
 
 @pytest.mark.parametrize("name, content", [

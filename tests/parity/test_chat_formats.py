@@ -227,3 +227,10 @@ def test_a_folder_of_ours_has_the_same_format(model, tmp_path):
         assert again.render(talk) == ours.render(talk)
         assert opened.apply_chat_template(talk, return_dict=False) == theirs.apply_chat_template(talk, return_dict=False)
     assert opened.encode("Mabel") == theirs.encode("Mabel") == ours.begin + ours.encode("Mabel")
+
+
+def test_a_text_by_itself_begins_as_in_pretraining(tmp_path):
+    folder = folder_of("Llama 2", tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).encode("Mabel bakes")
+    for template in ("own", "chat", "human", "chatml", "llama2"):
+        assert get_tokenizer(str(folder), template).document("Mabel bakes") == theirs, template
