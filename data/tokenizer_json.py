@@ -4,9 +4,9 @@ It is a pipeline: a normalizer changes the text, a pre-tokenizer cuts it into wo
 each word, and a decoder leads back. tiktoken is one such pipeline, GPT-2's: no normalizer, one regular expression, BPE
 of bytes. A file that says more (`obstacle`) is run by the library that wrote it, tokenizers, which is optional. So a
 text has the ids that transformers gives it, but for one thing: the name of a special token in it is just characters, in
-both engines. An added token that is not special is found in ordinary text, as it is there. (Where a folder names the class
-LlamaTokenizer, transformers 5 may make another pipeline than the file's, with fewer spaces. We, and the folders that we
-save, stay with the file.)
+both engines. An added token that is not special is found in ordinary text, as it is there. (Where a folder names the
+class LlamaTokenizer, transformers 5 may make another pipeline than the file's, with fewer spaces. We, and the folders
+that we save, stay with the file.)
 """
 import contextlib
 import json
@@ -43,8 +43,8 @@ class Engine(NamedTuple):
 # ---- the files -------------------------------------------------------------------------------------------------------
 
 def read_folder(folder):
-    """tokenizer.json (or the older vocab.json and merges.txt) -> tokenizer_config.json, the chat_template or "", and what
-    a Tokenizer is made of, {"ranks", "special", "engine", ...}, the engine None where tiktoken can be it.
+    """tokenizer.json (or the older vocab.json and merges.txt) -> tokenizer_config.json, the chat_template or "", and
+    what a Tokenizer is made of, {"ranks", "special", "engine", ...}, the engine None where tiktoken can be it.
 
     Raises UserError where there is no tokenizer, where it is damaged, and where it needs a library that is missing.
     """
