@@ -20,9 +20,9 @@ from pathlib import Path
 
 import tiktoken
 
-from common.disk import settle
+from common.disk import settle, together, write_json
 from common.errors import UserError
-from common.hub import PUBLIC
+from common.hub import PUBLIC, TOKENIZER
 from data.bpe import PATTERN, load_ranks
 from data.tokenizer_json import (CHAT_TOKENS, END_OF_TEXT, Engine, added_token, begin_of, content_of, read_folder,
                                  whole)
@@ -166,8 +166,8 @@ class Tokenizer:
         return "".join(f"\033[{32 if m else 90}m{piece}\033[0m" for piece, m in zip(pieces, mask, strict=True))
 
     def save(self, folder):
-        """Writes tokenizer.json, tokenizer_config.json and generation_config.json into an existing folder. A
-        tokenizer.json that was read is written again as it was, with the chat tokens that were added."""
+        """Writes tokenizer.json, tokenizer_config.json and generation_config.json into a folder, in place of any
+        tokenizer there. One that was read is written again as it was, with the chat tokens that were added."""
         content = self.content or content_of(self.ranks, self.pattern)
         old = {token["content"] for token in content["added_tokens"]}
         new = [added_token(token, i) for i, token in sorted(self._names.items()) if token not in old]
@@ -175,11 +175,12 @@ class Tokenizer:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._names[self.end],
                     "bos_token": self._names[begin], "pad_token": END_OF_TEXT, "chat_template": self._jinja(),
                     "nanoalign_template": self.template_name, "nanoalign_new_ids": self.new_ids}
-        for name, content in (("tokenizer.json", content | {"added_tokens": content["added_tokens"] + new}),
-                              ("tokenizer_config.json", settings),
-                              ("generation_config.json", {"eos_token_id": self.end, "bos_token_id": begin,
-                                                          "pad_token_id": self.end_of_text})):
-            Path(folder, name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        with together(folder, TOKENIZER) as saving:
+            for name, content in (("tokenizer.json", content | {"added_tokens": content["added_tokens"] + new}),
+                                  ("tokenizer_config.json", settings),
+                                  ("generation_config.json", {"eos_token_id": self.end, "bos_token_id": begin,
+                                                              "pad_token_id": self.end_of_text})):
+                write_json(saving / name, content, ensure_ascii=False, indent=1)
 
     def _jinja(self):
         """The same template in the language that transformers' apply_chat_template reads."""
