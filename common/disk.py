@@ -176,7 +176,7 @@ def lock(folder):
             CLAIMED[place.st_dev, place.st_ino], descriptor = descriptor, None
         return True
     except BlockingIOError:
-        raise UserError(f"another process is writing to {folder}: wait until it has ended, or choose another --out") from None
+        raise UserError(f"another process is writing to {folder}: wait until it ends, or choose another --out") from None
     except OSError:
         return False
     finally:

@@ -19,8 +19,8 @@ from common.hub import MODEL, RECORD, STATE, TOKENIZER, open_weights
 
 # What may change on the way: where a run is and how fast (it rounds in another way), what it prints, when it saves.
 # steps and epochs are compared as the number of steps that they make.
-MAY_CHANGE = ("out", "resume", "overwrite", "device", "dtype", "steps", "epochs", "micro_tokens", "checkpointing", "eval_every",
-              "save_every", "sample_every", "plot")
+MAY_CHANGE = ("out", "resume", "overwrite", "device", "dtype", "steps", "epochs", "micro_tokens", "checkpointing",
+              "eval_every", "save_every", "sample_every", "plot")
 
 
 def flag(name, value):
@@ -71,7 +71,7 @@ def script_of(config):
 
 
 def found(folder):
-    """The checkpoint in a folder -> (a reward model's?, in words: what it is, by which script, steps, date), or None."""
+    """The checkpoint in a folder -> (is it a reward model's?, what it is, by which script, steps, date), or None."""
     there = [Path(folder, name) for name in (STATE, "config.json", "adapter_config.json")
              if os.path.isfile(Path(folder, name))]
     if not there:
@@ -105,8 +105,8 @@ def refuse_replacing(config):
             raise UserError(f"--out {config.out} holds {words}, and {script} makes a {made}: choose another --out, or "
                             "remove that folder first")
         if not config.overwrite:
-            raise UserError(f"--out {config.out} holds {words}: --overwrite replaces it, --resume goes on with a run that "
-                            "was stopped, another --out keeps it")
+            raise UserError(f"--out {config.out} holds {words}: --overwrite replaces it, --resume goes on with a run "
+                            "that was stopped, another --out keeps it")
 
 
 def claim_out(config):
