@@ -22,10 +22,11 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
+from common.errors import UserError, end_politely
+
 import tiktoken
 
 from common.disk import settle, together, write_json
-from common.errors import UserError
 from common.hub import PUBLIC, TOKENIZER, find, is_name
 from data.bpe import PATTERN, load_ranks
 from data.formats import TEMPLATES, WRITTEN, OwnFormat, known
@@ -233,6 +234,7 @@ def _from_folder(folder, template):
 
 
 if __name__ == "__main__":
+    end_politely()
     import argparse
 
     from data import files
