@@ -21,6 +21,7 @@ from common.flags import Amount, Count, DType, Positive, Probability, TrainConfi
 from data.shapes import says
 from data.tokenizer import fit, get_tokenizer
 from model import Cache
+from quant import freeze
 
 # ---- from logits to tokens -------------------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ def respond(model, tok, conversations, run, max_new_tokens=48, **sampling):
     model ended its answer, the end token is part of it."""
     prompts = [fit_question(messages, tok, model.config.block_size, max_new_tokens)[1] for messages in conversations]
     with run.autocast():
-        return prompts, generate(model, prompts, max_new_tokens, stop=tok.ends, **sampling)
+        return prompts, generate(model, prompts, max_new_tokens, stop=tok.stops, **sampling)
 
 
 def ask(model, tok, conversations, run, max_new_tokens=48, look_up=None, **sampling):
@@ -201,11 +202,11 @@ def main(config):
     if len(config.words) < 2 or config.n < 1:
         raise UserError('name a checkpoint and the text that it continues, as in python generate.py out/base "Mabel likes to"')
     folder, text, run = config.words[0], " ".join(config.words[1:]), trainer.start(config)
-    model, tok = load(folder).to(run.device), get_tokenizer(folder)
+    model, tok = load(folder, linear=freeze).to(run.device), get_tokenizer(folder)
     prompt = tok.document(text)[-(model.config.block_size - 1):]
     with run.autocast():
         for ids in generate(model, [prompt] * config.n, config.max_new_tokens, config.temperature, config.top_p, config.top_k,
-                            tok.end_of_text, config.seed):
+                            tok.stops, config.seed):
             print(f"{text}{tok.decode(ids)}")
     run.print(f'next: python chat.py {folder}, or another --seed')
 

@@ -25,6 +25,7 @@ from island import exam
 from island.exam import MEASURES
 from island.world import Island, plain_words
 from model import token_logps
+from quant import freeze
 from sft import make_examples
 
 
@@ -182,7 +183,7 @@ def data_marks(model, tok, encoder, rows, run, config):
     marks |= {f"{kind}_{part}": list(values) for kind, parts in compared.items() for part, values in zip(BERT, parts)}
     marks["fre"], marks["fkg"] = map(list, zip(*map(readability, texts)))
     marks["words"] = [len(plain_words(text).split()) for text in texts]
-    marks["stops"] = [float(ids[-1] == tok.end) for _, ids in asked]
+    marks["stops"] = [float(tok.ended(ids)) for _, ids in asked]
     answers = [{"question": question[-1]["content"], "reference": reference, "answer": text}
                for question, reference, text in zip(questions, references, texts)]
     return marks, answers
@@ -267,7 +268,7 @@ def evaluate_choices(config, run):
     dev = choice.load_questions(config.examples, least=1, say=run.print) if config.examples else None
     results, rows = {}, []
     for folder in config.folders:
-        model, tok = load(folder).to(run.device).eval(), get_tokenizer(folder)
+        model, tok = load(folder, linear=freeze).to(run.device).eval(), get_tokenizer(folder)
         results[folder] = [{"file": path} | row for path, questions in sets.items()
                            for row in choice.evaluate(model, tok, questions, run, shots, dev, config.micro_tokens)]
         for row in results[folder]:
