@@ -37,7 +37,7 @@ from island.world import Island, says
 from data.tokenizer import get_tokenizer
 from common.disk import Ledger, write_jsonl
 from common.errors import UserError
-from common.flags import Amount, Count, DType, Positive, Probability, parse
+from common.flags import Amount, Count, DType, Positive, Probability, Template, parse
 from generate import fit_question, generate, stream
 from reward import load_rewards
 
@@ -68,9 +68,8 @@ class Speaker:
             raise UserError(f"{folder}: its tokenizer has {self.tok.vocab_size:,} tokens, but the model knows "
                             f"{self.model.config.vocab_size:,}: the two are not of one checkpoint")
         self.chats = not self.tok.new_ids  # a base model: nobody has trained the tokens that the chat format needs
-        self.stop = self.tok.end if self.chats else self.tok.end_of_text
         self.sampling = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-                             top_k=config.top_k, stop=self.stop)
+                             top_k=config.top_k, stop=self.tok.stops)
         self.reset()
         if not self.chats:
             note(f"{folder} is a base model: it continues each text by itself, without memory or system prompt "
@@ -320,7 +319,7 @@ class Config:
     out: str = ""  # with --file: the answers, {"prompt": [...], "answer": "...", "model": "..."} a line
     micro_tokens: int = 8192  # with --file: padded tokens of a batch; less needs less memory
     tokenizer: str = ""  # tiny, gpt2, a rank file or a folder; empty: the one in the checkpoint's folder
-    template: str = ""  # how conversations are written: chat, human or alpaca; empty: as the folder says, else chat
+    template: Template = ""  # how conversations are written (data/formats.py); empty: as the folder says, else chat
     seed: int = 0  # of the sampling
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: DType = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it

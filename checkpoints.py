@@ -1,6 +1,6 @@
 """Checkpoints: a folder becomes a network and the tensors of its head, and the reverse.
 
-    model = load("out/sft")                        a folder of the GPT-2 family, or gpt2 ... gpt2-xl
+    model = load("out/sft")                        a folder of a GPT-2 or Llama, gpt2 ... gpt2-xl, or owner/model on the hub
     model = load("out/sft-lora")                   an adapter names its base: together, merged, they are a model like any other
     model = load("out/sft-lora", merge=False)      beside each other, as training saw them
 
@@ -15,18 +15,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import llama
 import lora
 import trainer
 from common import hub
 from common.disk import settle, together, write_json
 from common.errors import UserError
 from common.flags import dropout_of
-from common.hub import PUBLIC
 from data.tokenizer import get_tokenizer
 from model import GPT, resize_vocab
 from quant import NF4Linear, quantize_model
 
-FAMILIES = {"gpt2": GPT}  # config.json's model_type: the network that reads the folder
+FAMILIES = {"gpt2": GPT} | dict.fromkeys(llama.FAMILIES, llama.Llama)  # config.json's model_type: what reads the folder
 
 # ---- a folder becomes a network --------------------------------------------------------------------------------------
 
@@ -42,10 +42,7 @@ def load(name_or_folder, merge=True, base="", how="careful", linear=None, **sett
     """
     if not is_adapter(name_or_folder):
         folder = hub.find(name_or_folder)
-        family = hub.read_settings(folder).get("model_type")
-        if family not in FAMILIES:
-            raise UserError(f"{folder} holds a model of type {family!r}: this project reads {', '.join(FAMILIES)}")
-        return FAMILIES[family].from_pretrained(folder, linear=linear, **settings)
+        return family(folder).from_pretrained(folder, linear=linear, **settings)
     quantized = read_adapter_config(name_or_folder)["nanoalign_nf4"]
     model = load(base or base_of(name_or_folder), **settings)
     if quantized and (how == "careful" or not merge):
@@ -56,6 +53,20 @@ def load(name_or_folder, merge=True, base="", how="careful", linear=None, **sett
     for path, layer in model.linears().items() if linear else ():
         model.replace(path, linear(layer))
     return model
+
+
+def family(folder):
+    """-> the class of network that reads the folder. Raises UserError where there is none."""
+    name = hub.read_settings(folder).get("model_type")
+    if name not in FAMILIES:
+        raise UserError(f"{folder} holds a model of type {name!r:.80}: this project reads {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def shapes(name_or_folder):
+    """The network of a folder or a public name, without its weights."""
+    folder = hub.find(name_or_folder)
+    return family(folder).shapes(folder)
 
 
 def load_to_ask(folder, run):
@@ -323,7 +334,7 @@ def base_of(folder):
     for place in (Path(name), beside):
         if place.is_dir() and place.resolve() != Path(folder).resolve():
             return str(place)
-    if name.removeprefix("openai-community/") in PUBLIC:
+    if hub.is_name(name):
         return name.removeprefix("openai-community/")
     raise UserError(f"the adapter {folder} is of {name}, but there is no folder {name} and no folder {beside}: "
                     f"put the base there, or name it with python lora.py --base FOLDER --adapter {folder} --out MERGED")

@@ -116,8 +116,7 @@ def make_examples(rows, tok, longest, config, say=print, needed=True):
 
 def make_answer(prompt, text, tok):
     """Earlier answers in the prompt are context: only the last one was preferred, so only that one is masked in."""
-    start, ids = len(tok.render_prompt(prompt)), tok.render(answered(prompt, text))[0]
-    return Answer(ids, [0] * start + [1] * (len(ids) - start))
+    return Answer(*tok.render(answered([message | {"loss_weight": 0} for message in prompt], text)))
 
 
 def pair_width(pair):

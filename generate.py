@@ -129,7 +129,7 @@ def respond(model, tok, conversations, run, max_new_tokens=48, **sampling):
     model ended its answer, the end token is part of it."""
     prompts = [fit_question(messages, tok, model.config.block_size, max_new_tokens)[1] for messages in conversations]
     with run.autocast():
-        return prompts, generate(model, prompts, max_new_tokens, stop=tok.ends, **sampling)
+        return prompts, generate(model, prompts, max_new_tokens, stop=tok.stops, **sampling)
 
 
 def ask(model, tok, conversations, run, max_new_tokens=48, look_up=None, **sampling):
@@ -200,7 +200,7 @@ def main(config):
     prompt = tok.document(text)[-(model.config.block_size - 1):]
     with run.autocast():
         for ids in generate(model, [prompt] * config.n, config.max_new_tokens, config.temperature, config.top_p, config.top_k,
-                            tok.end_of_text, config.seed):
+                            tok.stops, config.seed):
             print(f"{text}{tok.decode(ids)}")
     run.print(f'next: python chat.py {folder}, or another --seed')
 

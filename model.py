@@ -16,6 +16,7 @@ trained stands in pretrain.py and sft.py, how it speaks in generate.py. All that
     hf_names()                     what its parameters are called in Hugging Face's files; it has no other tensors (buffers)
     from_pretrained, save_pretrained, linear_paths      folders (checkpoints.FAMILIES names the class), the linears' paths
 """
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -116,50 +117,48 @@ class TokenMatrix(nn.Embedding):
             return F.linear(hidden.to(self.weight.dtype), self.weight)
 
 
-class GPT(nn.Module):
-    token_matrices = ("embedding",)
+class Network(nn.Module):
+    """What the two families share (this file and llama.py): how their parts are found, replaced and read."""
+
+    stacked = {}  # {path of a linear layer: how many matrices lie on top of each other in its weight}
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.config = config
-        self.embedding = TokenMatrix(config.vocab_size, config.n_embd)
-        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = nn.Dropout(config.layer_dropout(0))
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
-        self.linear_paths = linear_paths(self)
-        self.attention_paths = [path for path in self.linear_paths if ".attn." in path]
+
+    @property
+    def device(self):
+        return self.norm.weight.device
+
+    def initialize(self, residual):
+        """Random weights as GPT-2's. residual: how the names of the matrices that add to the residual stream end."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 # each layer adds two branches to the residual stream: without the scale its variance grows with depth
-                scale = 1 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                scale = 1 / math.sqrt(2 * self.config.n_layer) if name.endswith(residual) else 1.0
                 nn.init.normal_(parameter, mean=0.0, std=0.02 * scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    @property
-    def device(self):
-        return self.position_embedding.weight.device
-
-    def hidden(self, ids, cache=None):
-        """ids (B, T) -> the final norm's output (B, T, C). With a cache, ids continue what the cache holds."""
+    def positions(self, ids, cache=None):
+        """The positions of ids (B, T): (T,), or behind what a cache holds (B, 1)."""
         if ids.size(1) > self.config.block_size:
             raise ValueError(f"{ids.size(1)} tokens do not fit a context of {self.config.block_size}")
-        positions = torch.arange(ids.size(1), device=ids.device) if cache is None else cache.positions(ids.size(1))
-        x = self.drop(self.embedding(ids) + self.position_embedding(positions))  # (B, T, C)
+        return torch.arange(ids.size(1), device=ids.device) if cache is None else cache.positions(ids.size(1))
+
+    def through(self, x, *more):
+        """The blocks in their order: x (B, T, C) -> (B, T, C). more: what each of them is given too."""
         for block in self.blocks:
             if self.config.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, *more, use_reentrant=False)
             else:
-                x = block(x, cache)
-        return self.norm(x)
+                x = block(x, *more)
+        return x
 
     def head(self, hidden):
         """(..., C) -> logits (..., V), float32. Call it only on the positions that need logits: with GPT-2's vocabulary
         the head is a third of the compute of the small model and most of its memory."""
-        return self.embedding.logits(hidden)
+        return self.get_submodule(self.token_matrices[-1]).logits(hidden)
 
     def forward(self, ids):
         """ids (B, T) -> logits (B, T, V), at every position."""
@@ -170,8 +169,52 @@ class GPT(nn.Module):
         return {path: self.get_submodule(path) for path in self.linear_paths}
 
     def replace(self, path, module):
-        """Puts a module in the place of the one at `path`."""
-        replace(self, path, module)
+        """Puts a module in the place of the one at `path`, such as blocks.0.mlp."""
+        parent, _, child = path.rpartition(".")
+        setattr(self.get_submodule(parent), child, module)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, dropout=0.0, attention_dropout=0.0, checkpointing=False, linear=None):
+        """A folder of the family (config.json, safetensors), or a public name.
+
+        Weights arrive one by one and as float32. linear: called with each linear layer of the blocks as soon as its
+        weights are there; what it returns takes the layer's place (quant.py: at no time all weights are floats).
+        Raises UserError where there is no such folder, or a model that is not of the family's architecture.
+        """
+        folder = hub.find(name_or_folder)
+        model = cls.shapes(folder, dropout, attention_dropout, checkpointing)
+        return hub.read_weights(model, folder, linear)
+
+    @classmethod
+    def shapes(cls, folder, dropout=0.0, attention_dropout=0.0, checkpointing=False):
+        """The folder's network without its weights (the meta device): no memory, no time spent on random numbers."""
+        config = cls.read_config(folder)
+        config.dropout, config.attention_dropout, config.checkpointing = dropout, attention_dropout, checkpointing
+        with torch.device("meta"):
+            return cls(config)
+
+
+class GPT(Network):
+    token_matrices = ("embedding",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        self.embedding = TokenMatrix(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.layer_dropout(0))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.linear_paths = linear_paths(self)
+        self.attention_paths = [path for path in self.linear_paths if ".attn." in path]
+        self.stacked = {path: 3 for path in self.linear_paths if path.endswith("c_attn")}
+        self.initialize(residual="c_proj.weight")
+
+    def hidden(self, ids, cache=None):
+        """ids (B, T) -> the final norm's output (B, T, C). With a cache, ids continue what the cache holds."""
+        x = self.drop(self.embedding(ids) + self.position_embedding(self.positions(ids, cache)))  # (B, T, C)
+        return self.norm(self.through(x, cache))
 
     # ---- Hugging Face folders --------------------------------------------------------------------------------------
 
@@ -187,20 +230,21 @@ class GPT(nn.Module):
             names[f"{ours}.bias"] = f"transformer.{theirs}.bias", False
         return names
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder, dropout=0.0, attention_dropout=0.0, checkpointing=False, linear=None):
-        """A folder of the GPT-2 family (config.json, model.safetensors), or gpt2, gpt2-medium, gpt2-large, gpt2-xl.
-
-        Weights arrive one by one and as float32. linear: called with each linear layer of the blocks as soon as its
-        weights are there; what it returns takes the layer's place (quant.py: at no time all weights are floats).
-        Raises UserError where there is no such folder, or a model that is not GPT-2's architecture.
-        """
-        folder = hub.find(name_or_folder)
-        config = read_config(folder)
-        config.dropout, config.attention_dropout, config.checkpointing = dropout, attention_dropout, checkpointing
-        with torch.device("meta"):  # shapes only: no memory, no time spent on random numbers
-            model = cls(config)
-        return hub.read_weights(model, folder, linear)
+    @staticmethod
+    def read_config(folder):
+        """config.json -> GPTConfig, checked to be a GPT-2 as it is written here. Raises UserError where it is not."""
+        c = hub.read_settings(folder)
+        get = functools.partial(hub.setting, folder, c)
+        width = get("n_embd", int)
+        fixed = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+                 "n_inner": 4 * width, "tie_word_embeddings": True, "scale_attn_weights": True,
+                 "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+        hub.must_be(folder, c, fixed)
+        config = GPTConfig(get("n_positions", int), get("vocab_size", int), get("n_layer", int, low=0, high=hub.DEEPEST),
+                           get("n_head", int), width, bias=get("bias", bool, True))
+        if width % config.n_head:
+            raise UserError(f"{folder}/config.json has n_embd = {width}, which n_head = {config.n_head} does not divide")
+        return config
 
     def save_pretrained(self, folder, extra=None):
         """Writes config.json and model.safetensors, float32, as transformers reads them, in place of any model there.
@@ -228,12 +272,6 @@ def linear_paths(network):
             if path.startswith("blocks.") and isinstance(layer, nn.Linear)]
 
 
-def replace(network, path, module):
-    """Puts a module in the place of the one at `path`, such as blocks.0.attn.c_attn."""
-    parent, _, child = path.rpartition(".")
-    setattr(network.get_submodule(parent), child, module)
-
-
 def resize_vocab(network, vocab_size):
     """Adds rows for new tokens, each the mean of the old ones: a new token starts as an average word, so the
     head gives it a moderate probability where random rows could give it any. Never shrinks."""
@@ -245,26 +283,6 @@ def resize_vocab(network, vocab_size):
             larger = torch.cat([old, new])
             network.replace(name, type(matrix).from_pretrained(larger, freeze=not matrix.weight.requires_grad))
     network.config.vocab_size = max(vocab_size, network.config.vocab_size)
-
-
-def read_config(folder):
-    """config.json -> GPTConfig, checked to be a GPT-2 as it is written here. Raises UserError where it is not."""
-    c = hub.read_settings(folder)
-    if c.get("model_type") != "gpt2":
-        raise UserError(f"{folder} holds a model of type {c.get('model_type')!r}: this project reads the GPT-2 family")
-    try:
-        if c.get("n_inner") == 4 * c["n_embd"]:
-            c["n_inner"] = None  # the default, spelled out
-        fixed = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
-                 "tie_word_embeddings": True, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-                 "add_cross_attention": False}
-        for key, value in fixed.items():
-            if c.get(key, value) != value:
-                raise UserError(f"{folder}/config.json has {key} = {c[key]!r}, but GPT-2 as written here has {value!r}")
-        return GPTConfig(c["n_positions"], c["vocab_size"], c["n_layer"], c["n_head"], c["n_embd"],
-                         bias=c.get("bias", True))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json is damaged ({error!r}): write or download the folder again")
 
 
 # ---- probabilities ---------------------------------------------------------------------------------------------------
@@ -399,19 +417,20 @@ def describe(network):
             f"a training step costs three forward passes: {3 * rows[-1][2] / 1e6:,.1f} MFLOPs a token")
 
 
-def main(names):
+def main(names, doc, network, configs, shapes):
+    """Also of llama.py. configs: those that have a name, of such networks; shapes: what makes a network of a folder."""
     name = names[0] if names else "tiny"
     if len(names) > 1 or name.startswith("-"):
-        print(__doc__)
+        print(doc)
         raise SystemExit(name not in ("-h", "--help"))
-    sizes = SIZES.get(name)
-    config = GPTConfig(**TINY) if name == "tiny" else (
-        GPTConfig(1024, 50257, *sizes) if sizes else read_config(hub.find(name)))
     with torch.device("meta"):  # shapes are enough
-        print(f"{name}\n\n{describe(GPT(config))}\n\n"
-              "next: python pretrain.py trains the tiny one, python sft.py teaches it to answer")
+        found = network(configs[name]) if name in configs else shapes(name)
+    print(f"{name}\n\n{describe(found)}\n\n"
+          "next: python pretrain.py trains the tiny one, python sft.py teaches it to answer")
 
 
 if __name__ == "__main__":
+    from checkpoints import shapes  # it knows both families
     end_politely()
-    main(sys.argv[1:])
+    known = {name: GPTConfig(n_layer=n, n_head=heads, n_embd=width) for name, (n, heads, width) in SIZES.items()}
+    main(sys.argv[1:], __doc__, GPT, {"tiny": GPTConfig(**TINY), **known}, shapes)

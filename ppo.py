@@ -179,9 +179,9 @@ def roll_out(policy, tok, questions, prompts, config, run, seed):
     Sampled at config.temperature without top-k or top-p: these are the probabilities of the sampled distribution.
     """
     with run.autocast():
-        responses = generate(policy, prompts, config.max_new_tokens, config.temperature, stop=tok.end, seed=seed)
+        responses = generate(policy, prompts, config.max_new_tokens, config.temperature, stop=tok.stops, seed=seed)
     ids, mask = trainer.pad([(p + r, [0] * len(p) + [1] * len(r)) for p, r in zip(prompts, responses)], run.device)
-    ended = torch.tensor([r[-1] == tok.end for r in responses], device=run.device)
+    ended = torch.tensor([tok.ended(r) for r in responses], device=run.device)
     conversations = [question + [says("assistant", tok.answer(r))] for question, r in zip(questions, responses)]
     return Rollout(conversations, ids, mask[:, 1:].float(), ended)
 

@@ -5,12 +5,13 @@
 The blocks' matrices are trained by Muon (trainer.py), all else by AdamW: on the island that takes half the steps.
 
     python pretrain.py                     the tiny base model on the island's plain text (out/base)
+    python pretrain.py --family llama      the same as a Llama (llama.py)
     python pretrain.py --data my.txt       the same on your own text
     python pretrain.py --data my.txt --init gpt2       goes on from the public weights
 """
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -20,6 +21,7 @@ from common.flags import Positive, TrainConfig, dropout_of, parse
 from data import files
 from data.tokenizer import get_tokenizer
 from island.world import Island
+from llama import Llama, like_gpt
 from model import GPT, GPTConfig, resize_vocab, summed_logps
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -103,6 +105,7 @@ class Config(TrainConfig):
     batch_size: int = 16  # windows of --block-size tokens per optimizer step
     lr: float = 1e-2  # highest learning rate
     warmup: int = 40  # steps in which the learning rate rises from 0
+    family: Literal["gpt2", "llama"] = "gpt2"  # without --init: a GPT (model.py), or a Llama of its size (llama.py)
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads
     n_embd: int = 128  # width
@@ -132,8 +135,9 @@ def main(config):
         model = load(config.init, dropout=dropout_of(config), checkpointing=config.checkpointing)
         resize_vocab(model, tok.vocab_size)
     else:
-        model = GPT(GPTConfig(config.block_size, tok.vocab_size, config.n_layer, config.n_head, config.n_embd,
-                              dropout_of(config), checkpointing=config.checkpointing))
+        network, shape = {"gpt2": (GPT, GPTConfig), "llama": (Llama, like_gpt)}[config.family]
+        model = network(shape(config.block_size, tok.vocab_size, config.n_layer, config.n_head, config.n_embd,
+                              dropout=dropout_of(config), checkpointing=config.checkpointing))
     model.to(run.device).train()
     length = min(model.config.block_size + 1, len(train))
     steps = config.steps or math.ceil(config.epochs * len(train) / (config.batch_size * length))

@@ -31,6 +31,7 @@ from checkpoints import load_init, save_checkpoint
 from common.errors import UserError
 from common.flags import Amount, Positive, TrainConfig, parse
 from data import files
+from data.formats import Refused
 from data.tokenizer import fit
 from generate import sample_text
 from island import exam
@@ -69,8 +70,12 @@ def fit_rows(rows, tok, longest, say=print):
     """
     found, told = [], Counter()
     for row in rows:
-        messages = fit(row["messages"], lambda messages: tok.render(messages)[0], longest)
-        ids, mask = tok.render(messages or [])
+        try:
+            messages = fit(row["messages"], lambda messages: tok.render(messages)[0], longest)
+            ids, mask = tok.render(messages) if messages else ([], [])
+        except Refused as error:
+            told[f"dropped: {error.why}"] += 1
+            continue
         if any(mask[1:]):
             found.append(row | {"example": (ids, mask)})
             told["lost their oldest turns"] += len(messages) < len(row["messages"])

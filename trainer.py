@@ -209,9 +209,7 @@ def orthogonalize(G, steps=5):
 
 def muon(model, config):
     """Muon for the blocks' matrices, AdamW for the rest (token vectors, biases, gains)."""
-    layers = model.linears()
-    parts = {layer.weight: layer.out_features // layer.in_features if path in model.attention_paths else 1
-             for path, layer in layers.items()}  # q, k and v on top of each other are three times as high as wide
+    parts = {layer.weight: model.stacked.get(path, 1) for path, layer in model.linears().items()}
     others = adamw(model, config).param_groups
     groups = [{**group, "params": [p for p in group["params"] if p not in parts]} for group in others]
     groups += [{"params": [p for p in parts if parts[p] == n], "parts": n, "weight_decay": config.weight_decay}

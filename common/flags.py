@@ -36,7 +36,7 @@ Share = Annotated[float, Bounds(0, 1)]
 Probability = Annotated[float, Bounds(0, 1, "high")]
 Decay = Annotated[float, Bounds(0, 1, "low")]
 DType = Literal["auto", "float32", "bfloat16"]
-Template = Literal["", "chat", "search", "human", "alpaca"]
+Template = Literal["", "own", "chat", "search", "human", "alpaca", "chatml", "llama3", "llama2", "zephyr"]
 
 
 @dataclass
@@ -44,10 +44,10 @@ class TrainConfig:
     """The flags that all training scripts have in common; each script adds its own and changes defaults."""
 
     data: str = ""  # your file (.jsonl, .json, .csv, each optionally .gz); empty: the embedded island
-    init: str = "out/base"  # start from this checkpoint folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    init: str = "out/base"  # start from this checkpoint folder, gpt2 ... gpt2-xl, or owner/model on the Hugging Face hub
     out: str = "out/run"  # folder for the checkpoint and log.jsonl
     tokenizer: str = ""  # tiny, gpt2, a rank file or a folder; empty: the one in --init
-    template: Template = ""  # how conversations are written: chat, search, human or alpaca; empty: as --init says, else chat
+    template: Template = ""  # how conversations are written (data/formats.py); empty: as --init says, else chat
     steps: Count = 0  # optimizer steps; 0: as many as --epochs makes
     epochs: Amount = 0.0  # passes over the data, where --steps is 0
     batch_size: Positive = 32  # sequences per optimizer step, over all processes

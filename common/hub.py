@@ -2,7 +2,10 @@
 there (hf_names). Every function raises UserError with one sentence that names the folder and the cure. Nothing is
 unpickled.
 """
+import contextlib
 import json
+import os
+import re
 from pathlib import Path
 
 import torch.nn as nn
@@ -25,29 +28,40 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "gene
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".inv_freq")  # no parameters: old versions of transformers wrote them too
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes that weights may have
+DEEPEST, LARGEST = 2 ** 10, 2 ** 24  # layers, and any other size: beyond is no model but a damaged config.json
+
+
+def is_name(name):
+    """Can it be a model's name on the hub? That is owner/model, the owner no folder here."""
+    owner = name.partition("/")[0]
+    return name in PUBLIC or bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(owner).exists()
+
+
 def find(name_or_folder):
-    """A checkpoint folder, or one of GPT-2's public names through huggingface_hub -> Path of a folder."""
-    folder = Path(name_or_folder)
+    """A checkpoint folder, or a name on the hub through huggingface_hub -> Path of a folder."""
+    folder, name = Path(name_or_folder), str(name_or_folder)
     settle(folder)
     if (folder / "config.json").is_file():
         return folder
     if folder.is_dir():
         raise UserError(f"{folder} holds no config.json, so it is not a checkpoint folder")
-    if name_or_folder not in PUBLIC:
-        raise UserError(f"there is no checkpoint folder {name_or_folder}: give a folder with config.json and "
-                        f"model.safetensors, or one of {', '.join(PUBLIC)}")
+    if not is_name(name):
+        raise UserError(f"there is no checkpoint folder {folder}: give a folder with config.json and "
+                        f"model.safetensors, a name on the hub (owner/model), or one of {', '.join(PUBLIC)}")
+    name = f"openai-community/{name}" if name in PUBLIC else name
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"fetching {name_or_folder} needs huggingface_hub: pip install huggingface_hub, or name a "
-                        "folder that holds its config.json and model.safetensors")
+        raise UserError(f"there is no folder {folder}, and fetching {name} needs huggingface_hub: pip install "
+                        "huggingface_hub, or name a folder that holds its config.json and model.safetensors")
     try:
-        return Path(snapshot_download(f"openai-community/{name_or_folder}",
-                                      allow_patterns=["config.json", "model.safetensors", "tokenizer.json"]))
+        wanted = [pattern for pattern in (*MODEL, *TOKENIZER) if not pattern.endswith((".bin", ".bin.index.json"))]
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # no network, no such name, no space: the cure is the same
-        raise UserError(f"{name_or_folder} could not be fetched ({type(error).__name__}): check the network, or "
-                        "download config.json and model.safetensors by hand from "
-                        f"huggingface.co/openai-community/{name_or_folder}")
+        raise UserError(f"there is no folder {folder}, and {name} could not be fetched ({type(error).__name__}): check "
+                        "name and network, or download config.json and model.safetensors by hand from "
+                        f"huggingface.co/{name}")
 
 
 def write_tensors(tensors, path):
@@ -69,37 +83,110 @@ def read_settings(folder):
         raise UserError(f"{folder}/config.json is damaged ({error!r}): write or download the folder again")
 
 
-def open_weights(folder):
-    """The folder's safetensors -> a function from a name to its tensor, read on demand; and the names in the files."""
+def setting(folder, settings, key, kind, default=None, low=1, high=LARGEST):
+    """One setting of config.json, checked: a bool, or an int or float from low to high. default: what it is where the
+    key is absent or null; without one it has to be there. Raises UserError."""
+    found = default if settings.get(key) is None else settings[key]
+    words = {bool: "true or false", int: f"a whole number from {low:,} to {high:,}",
+             float: f"a number from {low:,} to {high:,}"}[kind]
+    right = type(found) in (int, kind) if kind is not bool else type(found) is bool  # True is an int to isinstance
+    if found is None:
+        raise UserError(f"{folder}/config.json has no {key}, which has to be {words}: write or download the folder again")
+    if not right or kind is not bool and not low <= found <= high:
+        raise UserError(f"{folder}/config.json has {key} = {found!r:.80}, but it has to be {words}: write or download the "
+                        "folder again")
+    return found
+
+
+def must_be(folder, settings, fixed):
+    """Raises UserError where a setting of config.json that the code takes for granted is another one."""
+    for key, value in fixed.items():
+        if settings.get(key) not in (None, value):
+            raise UserError(f"{folder}/config.json has {key} = {settings[key]!r:.80}, but this project reads only models "
+                            f"whose {key} is {value!r}")
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+def weight_files(folder):
+    """The names of the files that hold the folder's weights."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
-        files = {"model.safetensors"}
-    elif index.is_file():  # large models come in several files
-        files = set(json.loads(index.read_text())["weight_map"].values())
-    elif (folder / "pytorch_model.bin").is_file():
+        return ["model.safetensors"]
+    if index.is_file():  # large models come in several files
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged ({error!r}): write or download it again")
+        for file in files:
+            if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+                raise UserError(f"{index} names {file!r}: weights are read from .safetensors files in the same folder only")
+        return files
+    if any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder} has only pytorch_model.bin, a pickle that could run any code: convert it with "
                         "transformers: AutoModelForCausalLM.from_pretrained(folder)"
                         ".save_pretrained(folder, safe_serialization=True)")
-    else:
-        raise UserError(f"{folder} has a config.json but no model.safetensors")
+    raise UserError(f"{folder} has a config.json but no model.safetensors")
+
+
+def open_weights(folder):
+    """The folder's safetensors -> a function from a name to its tensor, read on demand, or with look=True to its
+    (shape, dtype) alone; and the names in the files."""
     where = {}
-    try:
-        for file in sorted(files):
+    for file in weight_files(folder):
+        try:
             with safe_open(folder / file, framework="pt") as opened:
                 where |= {key: (file, key) for key in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}/{file} is damaged ({error}): write or download it again")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder}/{file} is damaged or missing ({error}): write or download it again")
 
-    def read(name):
+    def read(name, look=False):
         found = where.get(name) or where.get(name.partition(".")[2])  # a trunk saved by itself lacks the wrapper's name
         if found is None:
             raise UserError(f"{folder}: model.safetensors lacks {name}, so it is no checkpoint of its config.json")
         file, key = found
         # opened anew each time: what has been read of an open file stays in memory, at the end the whole file
         with safe_open(folder / file, framework="pt") as opened:
-            return opened.get_tensor(key)
+            piece = opened.get_slice(key)
+            return (tuple(piece.get_shape()), piece.get_dtype()) if look else opened.get_tensor(key)
 
     return read, set(where)
+
+
+def free_memory():
+    """Bytes that a new process may use: what is available, or less where a container has a limit. None where the system
+    does not say."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    with contextlib.suppress(OSError, ValueError):  # "max", where there is no limit, is no number
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # neither Linux: all that there is
+        found += [] if found else [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    return min(found, default=None)
+
+
+def check_weights(network, folder, read, linear=None):
+    """Before anything is allocated: does every tensor have the shape that config.json says, and is there room for all
+    of them? network: made of shapes only. Raises UserError where not."""
+    needed, names = 0, network.hf_names()
+    for ours, parameter in network.named_parameters():
+        theirs, transposed = names[ours]
+        shape, dtype = read(theirs, look=True)
+        if dtype not in FLOATS:
+            raise UserError(f"{folder}: {theirs} is of {dtype}, but weights are floats ({', '.join(FLOATS)}): take a folder "
+                            "whose weights are not quantized")
+        if shape[::-1 if transposed else 1] != tuple(parameter.shape):
+            raise UserError(f"{folder}: {theirs} has shape {shape}, but config.json says "
+                            f"{tuple(parameter.shape)[::-1 if transposed else 1]}: the two files are not of one model")
+        bits = getattr(linear, "bits", 32) if ours.rpartition(".")[0] in network.linear_paths else 32
+        needed += parameter.numel() * bits / 8
+    free = free_memory()
+    if free is not None and needed > free:
+        raise UserError(f"{folder}: its weights need {needed / 1e9:.3g} GB of memory and {free / 1e9:.3g} GB are free: close "
+                        "other programs, or take a smaller model")
 
 
 def read_weights(network, folder, linear=None):
@@ -107,21 +194,18 @@ def read_weights(network, folder, linear=None):
     network.
 
     linear: called with each linear layer of the blocks as soon as it is filled; what it returns takes the layer's
-    place.
+    place. Its `bits`, where it has them, is what a weight takes then.
     """
     (read, there), names = open_weights(folder), network.hf_names()
-    taken = set()  # names in the files
+    check_weights(network, folder, read, linear)
+    taken = [names[ours][0] for ours, _ in network.named_parameters()]
+    taken = {name for theirs in taken for name in (theirs, theirs.partition(".")[2])}  # as either may stand in the files
     for path in [path for path, _ in network.named_modules()]:  # paths only: a list of modules would keep replaced ones alive
         module = network.get_submodule(path)
-        for name, parameter in list(module.named_parameters(recurse=False)):
+        for name, _ in list(module.named_parameters(recurse=False)):
             theirs, transposed = names[f"{path}.{name}"]
-            taken |= {theirs, theirs.partition(".")[2]}
             tensor = read(theirs).float()
-            tensor = tensor.t().contiguous() if transposed else tensor.clone()
-            if tensor.shape != parameter.shape:
-                raise UserError(f"{folder}: {theirs} has shape {tuple(tensor.shape)}, but config.json says "
-                                f"{tuple(parameter.shape)}: the two files are not of one model")
-            setattr(module, name, nn.Parameter(tensor))
+            setattr(module, name, nn.Parameter(tensor.t().contiguous() if transposed else tensor.clone()))
         if linear is not None and path in network.linear_paths:
             network.replace(path, linear(module))
     trunk = {part for theirs, _ in names.values() for part in theirs.split(".")[:2]}  # all else is of some head

@@ -5,108 +5,92 @@
                             {"role": "assistant", "content": "I am Pip."}])
     print(tok.show(ids, mask))                      # what the model must produce is green
 
-The engine is tiktoken, or the library tokenizers for what tiktoken cannot do (data/tokenizer_json.py); what is ours is
-the chat format. mask[i] == 1 exactly where the assistant must produce ids[i], its end token included: a model that is
-never taught to stop never stops.
+    python -m data.tokenizer out/sft mine.jsonl     the same for a file's first conversations
 
-The text of a message is always encoded as ordinary text, so `<|end|>` typed by a user is seven characters and never the
-token. Only a template inserts special ids. Every message is encoded apart from what surrounds it, so that no merge
-crosses the boundary between prompt and answer.
+The engine is tiktoken, or the library tokenizers for what tiktoken cannot do (data/tokenizer_json.py); what is ours is
+the mask. mask[i] == 1 exactly where the assistant must produce ids[i], its end token included: a model that is never
+taught to stop never stops.
+
+A conversation is written in a chat format (data/formats.py): the model's own where its folder has one, so that what it
+has learned goes on, else ours, or the one that --template names. So ids are those of transformers' apply_chat_template,
+but for two things. The text of a message is always ordinary text, so `<|end|>` typed by a user is seven characters and
+never the token: only a format inserts special ids. And an answer is encoded apart from its prompt, so that no merge
+crosses the boundary between what is given and what is learned.
 """
 import json
 import re
-from dataclasses import dataclass, replace
+import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import tiktoken
 
 from common.disk import settle
 from common.errors import UserError
-from common.hub import PUBLIC
+from common.hub import PUBLIC, find, is_name
 from data.bpe import PATTERN, load_ranks
-from data.tokenizer_json import (CHAT_TOKENS, END_OF_TEXT, Engine, added_token, begin_of, content_of, read_folder,
-                                 whole)
+from data.formats import TEMPLATES, WRITTEN, OwnFormat, known
+from data.tokenizer_json import END_OF_TEXT, Engine, added_token, content_of, read_folder, whole
 
-WRITTEN = ("assistant", "search")  # the roles whose words the model must produce; a search's result it only reads
+HIDDEN = uuid.uuid4().hex  # around the number of a special token whose name somebody typed: no text holds it
+ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")  # what a text of pretraining ends with, by family
+KNOWN = ("chatml", "llama3", "llama2", "zephyr")  # formats that a model's own may turn out to be
 TINY = Path(__file__).with_name("tiny.tiktoken")
 
 
-@dataclass(frozen=True)
-class Template:
-    """How a conversation is written: `start`, then for every message its header, `lead` + its text, and its closing."""
-
-    start: str
-    headers: dict[str, str]
-    lead: str
-    closings: dict[str, str]
-
-    def special_tokens(self):
-        text = self.start + "".join(self.headers.values()) + "".join(self.closings.values())
-        return tuple(token for token in CHAT_TOKENS if token in text)
-
-
-CHAT = Template(
-    start=END_OF_TEXT,  # the base model has seen every document begin with it
-    headers={"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"},
-    lead=" ",  # " Mabel" in the middle of a sentence and at its start are then the same token
-    closings={"system": "<|end|>", "user": "<|end|>", "assistant": "<|end|>"},
-)
-TEMPLATES = {
-    "chat": CHAT,
-    "search": Template(  # and two tokens more: <|assistant|><|search|> Mabel<|result|> Mabel is a fox.<|end|><|assistant|>
-        start=CHAT.start,
-        headers={**CHAT.headers, "search": "<|assistant|><|search|>", "result": ""},
-        lead=CHAT.lead,
-        closings={**CHAT.closings, "search": "<|result|>", "result": "<|end|>"},
-    ),
-    "human": Template(  # QLoRA's Guanaco format: needs no new tokens
-        start="",
-        headers={"system": "### System:", "user": "### Human:", "assistant": " ### Assistant:"},
-        lead=" ",
-        closings={"system": " ", "user": "", "assistant": END_OF_TEXT},
-    ),
-    "alpaca": Template(
-        start="Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n",
-        headers={"system": "### System:\n", "user": "### Instruction:\n", "assistant": "### Response:\n"},
-        lead="",
-        closings={"system": "\n\n", "user": "\n\n", "assistant": END_OF_TEXT},
-    ),
-}
-
-
 class Tokenizer:
-    """An engine and a chat template. `vocab_size` counts the special tokens too.
+    """An engine and a chat format. `vocab_size` counts the special tokens too.
 
     ranks: {token: id} of all tokens that text is made of; bytes, for tiktoken, unless there is another engine. content:
-    the tokenizer.json that they are from. `begin`: the ids that transformers puts before every text (Llama's <s>).
+    the tokenizer.json that they are from. begin: the ids that transformers puts before every text (Llama's <s>).
+    own: the chat_template beside them. named: {"bos_token": "<s>", ...}, as that calls them. stops: ids at which the
+    model stops, beside the format's end token.
     """
 
-    def __init__(self, name, ranks, special, pattern=PATTERN, template="chat", new_ids=(), content=None, engine=None):
-        if template not in TEMPLATES:
-            raise UserError(f"there is no chat template {template!r}: choose one of {', '.join(TEMPLATES)}")
-        known = dict(special)
-        for token in (END_OF_TEXT, *TEMPLATES[template].special_tokens()):
-            if token not in known:  # a base model that has never seen our chat tokens gets them at the end
-                known[token] = max([*ranks.values(), *known.values()]) + 1
-        self.template_name, self.template = template, TEMPLATES[template]
-        self.ranks, self.special, self.pattern, self.content = ranks, known, pattern, content
-        self.begin = begin_of(content) if content else []
+    def __init__(self, name, ranks, special, pattern=PATTERN, template="chat", new_ids=(), content=None, engine=None,
+                 begin=(), own="", named=None, stops=()):
+        self.ranks, self.pattern, self.content, self.begin, self.own = ranks, pattern, content, list(begin), own
+        self.special, self.named = dict(special), named or {}
+        end = next((token for token in (*ENDS, self.named.get("eos_token")) if token in special), END_OF_TEXT)
+        self.end_of_text = self._add(end)
+        self.template_name, self.template = self._format(name, template, end)
         # chat tokens that the model beside these files has never been trained on: their embeddings mean nothing yet
-        self.new_ids = sorted(set(known.values()) - set(special.values()) | set(new_ids))
+        self.new_ids = sorted(set(self.special.values()) - set(special.values()) | set(new_ids))
         if engine is None:
-            self.encoding = tiktoken.Encoding(name, pat_str=whole(pattern), mergeable_ranks=ranks, special_tokens=known)
+            self.encoding = tiktoken.Encoding(name, pat_str=whole(pattern), mergeable_ranks=ranks, special_tokens=self.special)
             engine = Engine(*[self.encoding.encode_ordinary, self.encoding.decode] * 2)
-        if engine.doubled and self.template.headers["assistant"] in known:  # its space stands where the lead would
+        if engine.doubled and self.template_name in ("chat", "search"):  # its space stands where the lead would
             self.template = replace(self.template, lead="")
-        self.engine, self._texts, self._names = engine, set(ranks.values()), {i: token for token, i in known.items()}
-        self._split = re.compile(f"({'|'.join(map(re.escape, known))})").split
-        self.vocab_size = max(self._texts | set(self._names)) + 1
-        self.end_of_text = known[END_OF_TEXT]
-        closings = [self.template.closings[role] for role in WRITTEN if role in self.template.closings]
-        # the assistant's two ways to end: with its answer, and with a search, if the template has one
-        self.ends = tuple(self._append([], closing, named=True)[-1] for closing in closings)
-        self.end = self.ends[0]  # what generation stops at
+        self.engine, self._texts = engine, set(ranks.values())
+        self.vocab_size = max(self._texts | set(self.special.values())) + 1
+        # how an answer is written, and what stands around it that is not its text
+        ids, mask = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        answer = [i for i, learned in zip(ids, mask) if learned]
+        lead, found, trail = self._text(answer).partition("b")
+        self._around = (lead, trail) if found else ("", "")
+        self.end = answer[-1]
+        # the assistant's two ways to end: with its answer, and with a search, if the format has one
+        self.ends = (self.end,) + ((self.special["<|result|>"],) if self.template_name == "search" else ())
+        self.stops = {*self.ends, self.end_of_text, *stops}  # where generation stops
+
+    def _add(self, token):
+        """A special token's id; it gets the next one where the model beside these files has none."""
+        return self.special.setdefault(token, max([*self.ranks.values(), *self.special.values()]) + 1)
+
+    def _format(self, name, template, end):
+        """-> the name of the chat format, and the format."""
+        begin = next((token for token, i in self.special.items() if i in self.begin), None)
+        formats = {key: form.filled(begin or end, end, begin or "") for key, form in TEMPLATES.items()}
+        if template != "own" and template not in formats:
+            raise UserError(f"there is no chat template {template!r}: choose one of {', '.join(formats)}, own")
+        if template == "own":
+            own = OwnFormat(self.own, self.named, self.special, name)
+            template = known(own, {key: formats[key] for key in KNOWN if self.special.keys() >= set(formats[key].tokens)})
+        for token in formats[template].tokens if template in formats else ():
+            self._add(token)
+        self._names = {i: token for token, i in self.special.items()}
+        self._names_in = re.compile(f"({'|'.join(map(re.escape, sorted(self.special, key=len, reverse=True)))})")
+        return template, formats[template] if template in formats else own
 
     def encode(self, text):
         """Ordinary text -> ids; a special token's name in it is just characters."""
@@ -118,47 +102,57 @@ class Tokenizer:
 
     def document(self, text):
         """A text that stands by itself -> ids, behind the token that every document of pretraining begins with."""
-        return [self.end_of_text] + self.encode(self.template.lead + text)
+        lead = "" if self.engine.doubled else self.template.lead
+        return (self.begin or [self.end_of_text]) + self.encode(lead + text)
 
     def answer(self, ids):
-        """The new ids of `generate` -> the assistant's text, without the end token and the template's leading space."""
-        text = self.engine.decode_more([i for i in ids if i in self._texts])
-        return text.removeprefix(TEMPLATES[self.template_name].lead)
+        """The new ids of `generate` -> the assistant's text, without the end token and the spaces that the format puts
+        around it."""
+        lead, trail = self._around
+        return self._text(ids).removeprefix(lead).removesuffix(trail)
+
+    def ended(self, ids):
+        """Is that an answer which the model ended by itself? A search is none."""
+        return bool(ids) and ids[-1] in self.stops - set(self.ends[1:])
 
     def render(self, messages):
         """A conversation -> (ids, mask), two lists of the same length.
 
-        A message may carry "loss_weight": 0 to be context only. Raises ValueError for an unknown role.
+        A message may carry "loss_weight": 0 to be context only. Raises ValueError for an unknown role, and
+        formats.Refused for what the model's own format does not take.
         """
-        ids = self._append([], self.template.start, named=True)
-        mask, prompt = [0] * len(ids), len(self._append([], self.template.headers["assistant"], named=True))
-        for message in messages:
-            role = message["role"]
-            if role not in self.template.headers:
-                raise ValueError(f"unknown role {role!r}: a message is from {', '.join(self.template.headers)}")
-            begun = len(ids)
-            self._append(ids, self.template.headers[role], named=True)
-            learned = int(role in WRITTEN and message.get("loss_weight", 1) != 0)
-            given = min(len(ids) - begun, prompt)  # that a search begins is the assistant's choice, so it is learned
-            mask += [0] * given + [learned] * (len(ids) - begun - given)
-            self._append(ids, self.template.lead + message["content"])
-            self._append(ids, self.template.closings[role], named=True)
-            mask += [learned] * (len(ids) - len(mask))
-        return ids, mask
+        return self._render(messages)
 
     def render_prompt(self, messages):
         """A conversation that ends with the user -> ids that end where the assistant begins."""
-        return self._append(self.render(messages)[0], self.template.headers["assistant"], named=True)
+        return self._render(messages, ask=True)[0]
 
-    def _append(self, ids, text, named=False):
-        """Adds a text to ids and returns them. named: the text is a template's, which means tokens by their names."""
-        for part in self._split(text) if named else [text]:
-            if named and part in self.special:
+    def _render(self, messages, ask=False):
+        hidden = [message | {"content": self._names_in.sub(self._hide, message["content"])} for message in messages]
+        text, spans = self.template.write(hidden, ask)
+        learned = [int(message.get("loss_weight", 1) != 0) for message in messages if message["role"] in WRITTEN]
+        ids, mask, at = [], [], 0
+        for (begin, end), one in zip([*spans, (len(text), len(text))], [*learned, 0], strict=True):
+            for to, m in ((begin, 0), (end, one)):
+                self._append(ids, text[at:to])
+                mask, at = mask + [m] * (len(ids) - len(mask)), to
+        return ids, mask
+
+    def _hide(self, found):
+        return f"{HIDDEN}{self.special[found[0]]}{HIDDEN}"
+
+    def _append(self, ids, text):
+        """Adds a format's text to ids. Special tokens' names in it are those tokens, but for the hidden ones."""
+        for i, part in enumerate(self._names_in.split(text)):
+            if i % 2:
                 ids.append(self.special[part])
             elif part:
+                part = re.sub(f"{HIDDEN}(\\d+){HIDDEN}", lambda found: self._names[int(found[1])], part)
                 begins = not ids or self.engine.after_special and ids[-1] in self._names
                 ids += (self.engine.encode if begins else self.engine.encode_more)(part)
-        return ids
+
+    def _text(self, ids):
+        return self.engine.decode_more([i for i in ids if i in self._texts])
 
     def show(self, ids, mask):
         """The text of ids for a terminal: green where the mask is 1, grey where it is 0, special tokens by name."""
@@ -172,24 +166,19 @@ class Tokenizer:
         old = {token["content"] for token in content["added_tokens"]}
         new = [added_token(token, i) for i, token in sorted(self._names.items()) if token not in old]
         begin = next((i for i in self.begin if i in self._names), self.end_of_text)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._names[self.end],
-                    "bos_token": self._names[begin], "pad_token": END_OF_TEXT, "chat_template": self._jinja(),
+        named = {"pad_token": self._names[self.end_of_text]} | self.named
+        if self.begin or "bos_token" not in named:
+            named["bos_token"] = self._names[begin]
+        if not (self.own and "eos_token" in self.own):  # else it may be a part of the format
+            named["eos_token"] = self._names[self.end]
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **named, "chat_template": self.own or self.template.jinja(),
                     "nanoalign_template": self.template_name, "nanoalign_new_ids": self.new_ids}
+        stops = [self.end, *sorted(self.stops - {self.end})]
         for name, content in (("tokenizer.json", content | {"added_tokens": content["added_tokens"] + new}),
                               ("tokenizer_config.json", settings),
-                              ("generation_config.json", {"eos_token_id": self.end, "bos_token_id": begin,
-                                                          "pad_token_id": self.end_of_text})):
+                              ("generation_config.json", {"eos_token_id": stops, "bos_token_id": begin,
+                                                          "pad_token_id": self.special[named["pad_token"]]})):
             Path(folder, name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-
-    def _jinja(self):
-        """The same template in the language that transformers' apply_chat_template reads."""
-        t, quote = self.template, json.dumps
-        turns = "".join(
-            f"{{% {'if' if i == 0 else 'elif'} m['role'] == {quote(role)} %}}"
-            f"{{{{ {quote(t.headers[role] + t.lead)} + m['content'] + {quote(t.closings[role])} }}}}"
-            for i, role in enumerate(t.headers))
-        return (f"{{{{ {quote(t.start)} }}}}{{% for m in messages %}}{turns}{{% endif %}}{{% endfor %}}"
-                f"{{% if add_generation_prompt %}}{{{{ {quote(t.headers['assistant'])} }}}}{{% endif %}}")
 
 
 def fit(messages, render, limit):
@@ -204,8 +193,8 @@ def fit(messages, render, limit):
 def get_tokenizer(name_or_folder, template=None):
     """"tiny" (ours, 1,024 ranks), "gpt2", a rank file (base64 token and rank a line), or a folder with tokenizer files.
 
-    template: chat | search | human | alpaca; None takes what the folder says, else chat. Raises UserError where
-    nothing is found.
+    template: a chat format (formats.TEMPLATES), or own, the one that the folder's model came with; None takes what the
+    folder says, else chat. Raises UserError where nothing is found.
     """
     path = Path(name_or_folder)
     if name_or_folder == "tiny":
@@ -222,6 +211,8 @@ def get_tokenizer(name_or_folder, template=None):
             raise UserError("GPT-2's tokenizer could not be fetched (" + type(error).__name__ + "): without a network, "
                             "name its rank file, as in --tokenizer path/to/gpt2.tiktoken")
         return Tokenizer("gpt2", gpt2._mergeable_ranks, {END_OF_TEXT: gpt2.eot_token}, PATTERN, template or "chat")
+    if is_name(str(name_or_folder)):
+        return _from_folder(find(name_or_folder), template)
     raise UserError(f"there is no tokenizer {name_or_folder!r}: give tiny, gpt2, a rank file (.tiktoken) or a folder "
                     "that holds tokenizer.json")
 
@@ -231,6 +222,30 @@ def _from_ranks(name, ranks, template):
 
 
 def _from_folder(folder, template):
-    settings, parts = read_folder(folder)
-    return Tokenizer(folder.name, template=template or settings.get("nanoalign_template") or "chat",
+    settings, own, parts = read_folder(folder)
+    template = template or settings.get("nanoalign_template") or ("own" if own else "chat")
+    if template == "own" and not own:
+        raise UserError(f"{folder} has no chat format of its own (chat_template in tokenizer_config.json): choose another "
+                        f"--template, such as {', '.join(KNOWN)}")
+    keep = template == "own" or template in KNOWN and template == settings.get("nanoalign_template")
+    return Tokenizer(str(folder), template=template, own=own if keep else "",
                      new_ids=settings.get("nanoalign_new_ids", ()), **parts)
+
+
+if __name__ == "__main__":
+    import argparse
+
+    from data import files
+
+    parser = argparse.ArgumentParser("python -m data.tokenizer", description="Shows conversations as a model reads them: "
+                                     "what it must produce is green, special tokens by name.")
+    parser.add_argument("tokenizer", help="tiny, gpt2, a rank file or a folder")
+    parser.add_argument("file", help="conversations, in any shape that python -m data.files reads")
+    parser.add_argument("--template", choices=[*TEMPLATES, "own"], help="the chat format; none: as the folder says")
+    parser.add_argument("--show", type=int, default=3, help="how many to print")
+    args = parser.parse_args()
+    tok = get_tokenizer(args.tokenizer, args.template)
+    stops = ", ".join(tok.show([i], [0]) for i in sorted(tok.stops))
+    print(f"format {tok.template_name}; generation stops at {stops}")
+    for row in files.load(args.file, "sft")[0][:args.show]:
+        print("\n" + tok.show(*tok.render(row["messages"])))

@@ -17,7 +17,9 @@ from data.bpe import PATTERN
 from common.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-CHAT_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|search|>", "<|result|>")
+CHAT_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|search|>", "<|result|>",
+               "<|im_start|>", "<|im_end|>")
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Engine(NamedTuple):
@@ -38,8 +40,8 @@ class Engine(NamedTuple):
 # ---- the files -------------------------------------------------------------------------------------------------------
 
 def read_folder(folder):
-    """tokenizer.json (or the older vocab.json and merges.txt) -> tokenizer_config.json, and what a Tokenizer is made
-    of, {"ranks", "special", "pattern", "content", "engine"}, the engine None where tiktoken can be it.
+    """tokenizer.json (or the older vocab.json and merges.txt) -> tokenizer_config.json, the chat_template or "", and what
+    a Tokenizer is made of, {"ranks", "special", "engine", ...}, the engine None where tiktoken can be it.
 
     Raises UserError where there is no tokenizer, where it is damaged, and where it needs a library that is missing.
     """
@@ -48,18 +50,29 @@ def read_folder(folder):
     if not content:
         raise UserError(f"{folder} holds no tokenizer (tokenizer.json): name one, as in --tokenizer gpt2 or "
                         "--tokenizer path/to/gpt2.tiktoken")
+    generation = _read(folder / "generation_config.json") or _read(folder / "config.json")
     try:
-        content = _complete(content, settings)
+        named = _named(_read(folder / "special_tokens_map.json") | settings)
+        content = _complete(content, settings, named)
         special = _special(content)
         ranks = vocab_of(content) | {token["content"]: token["id"] for token in content["added_tokens"]}
         ranks = {token: i for token, i in ranks.items() if token not in special}
         why = obstacle(content, ranks)
-        begin_of(content)
+        named = {key: token for key, token in named.items() if token in special or token in ranks}
+        begin = begin_of(content)
+        if "add_bos_token" in settings:  # transformers then makes the post-processor anew
+            begin = [special[named["bos_token"]]] if settings["add_bos_token"] and "bos_token" in named else []
+        stops = generation.get("eos_token_id")
+        stops = {*(stops if isinstance(stops, list) else [stops]), special.get(named.get("eos_token"))} - {None}
+        if not all(isinstance(i, int) for i in stops):
+            raise ValueError(f"generation stops at {stops}")
+        own = _chat_template(folder, settings)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:  # not what such a file holds
         raise UserError(f"{path} is damaged ({error!r}): copy it again") from None
     engine = _library(path, content, why) if why else None
     ranks = ranks if why else {_to_bytes(token): i for token, i in ranks.items()}
-    return settings, {"ranks": ranks, "special": special, "pattern": _pattern(content), "content": content, "engine": engine}
+    return settings, own, {"ranks": ranks, "special": special, "pattern": _pattern(content), "content": content,
+                           "engine": engine, "begin": begin, "named": named, "stops": stops}
 
 
 def _read(path):
@@ -67,6 +80,19 @@ def _read(path):
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): copy it again")
+
+
+def _named(settings):
+    """-> {"bos_token": "<s>", ...}: special tokens as tokenizer_config.json calls them."""
+    return {key: token if isinstance(token, str) else token["content"] for key in NAMED if (token := settings.get(key))}
+
+
+def _chat_template(folder, settings):
+    """The model's own chat format, a program for jinja2, or ""; of several the default."""
+    path, found = folder / "chat_template.jinja", settings.get("chat_template") or ""
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    return found if isinstance(found, str) else {one["name"]: one["template"] for one in found}["default"]
 
 
 def _older_files(folder, settings):
@@ -79,7 +105,7 @@ def _older_files(folder, settings):
     return content | {"pre_tokenizer": BYTES | {"add_prefix_space": bool(settings.get("add_prefix_space"))}}
 
 
-def _complete(content, settings):
+def _complete(content, settings, named):
     """-> content with all added tokens of the folder, in the order of their ids, our own special ones among them.
 
     A gap between the ids gets a token of its own: the library would give the tokens behind it other ids than the file.
@@ -91,7 +117,8 @@ def _complete(content, settings):
     ids = vocab | {name: token["id"] for name, token in added.items()}
     if len(set(ids.values())) < len(ids) or any(ids[name] != i for name, i in vocab.items()):
         raise ValueError("two tokens have one id, or one token has two")
-    names = [(name, ids[name]) for name in CHAT_TOKENS if name in ids]
+    ours = (*CHAT_TOKENS, *(named[key] for key in ("bos_token", "eos_token", "pad_token") if key in named))
+    names = [(name, ids[name]) for name in ours if name in ids]
     gaps = [(f"<|unused {i}|>", i) for i in set(range(max(ids.values()))) - set(ids.values())]
     added |= {name: added_token(name, i) for name, i in names + gaps}
     model = dict(content["model"])

@@ -182,7 +182,7 @@ def data_marks(model, tok, encoder, rows, run, config):
     marks |= {f"{kind}_{part}": list(values) for kind, parts in compared.items() for part, values in zip(BERT, parts)}
     marks["fre"], marks["fkg"] = map(list, zip(*map(readability, texts)))
     marks["words"] = [len(plain_words(text).split()) for text in texts]
-    marks["stops"] = [float(ids[-1] == tok.end) for _, ids in asked]
+    marks["stops"] = [float(tok.ended(ids)) for _, ids in asked]
     answers = [{"question": question[-1]["content"], "reference": reference, "answer": text}
                for question, reference, text in zip(questions, references, texts)]
     return marks, answers

@@ -87,7 +87,7 @@ def scripted(monkeypatch, *answers):
 def test_what_is_streamed_is_what_is_generated(folders, seed):
     me, pieces = speaker(folders["sft"], temperature=1.5, max_new_tokens=40), []
     _, answer = me.reply([says("user", ASK)], seed, pieces.append, False)
-    new, = generate(me.model, [TOK.render_prompt([says("user", ASK)])], 40, 1.5, 0.9, stop=TOK.end, seed=seed)
+    new, = generate(me.model, [TOK.render_prompt([says("user", ASK)])], 40, 1.5, 0.9, stop=TOK.stops, seed=seed)
     assert "".join(pieces) == answer + "\n" and answer == TOK.answer(new)
     assert len(pieces) > 5  # it came in pieces
 
@@ -276,7 +276,7 @@ def test_a_pipe_as_a_user_has_it(folders):
     command = [sys.executable, str(ROOT / "chat.py"), folders["sft"], *flags]
     done = subprocess.run(command, input=f"{ASK}\n", capture_output=True, text=True, encoding="utf-8",
                           env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}, timeout=60)
-    new, = generate(GPT.from_pretrained(folders["sft"]), [TOK.render_prompt([says("user", ASK)])], 9, 0.0, stop=TOK.end)
+    new, = generate(GPT.from_pretrained(folders["sft"]), [TOK.render_prompt([says("user", ASK)])], 9, 0.0, stop=TOK.stops)
     assert (done.stdout, done.stderr, done.returncode) == (TOK.answer(new) + "\n", "", 0)
 
 
@@ -308,7 +308,7 @@ def test_a_file_is_answered_in_its_order_by_every_model(folders, tmp_path, capsy
     assert [(row["model"], row["prompt"]) for row in rows] == [(name, prompt) for name in both for prompt in prompts]
     for folder in both:  # greedy answers do not depend on who is in the batch
         model = GPT.from_pretrained(folder).eval()
-        new = generate(model, [TOK.render_prompt(prompt)[-84:] for prompt in prompts], 12, 0.0, stop=TOK.end)
+        new = generate(model, [TOK.render_prompt(prompt)[-84:] for prompt in prompts], 12, 0.0, stop=TOK.stops)
         assert [row["answer"] for row in rows if row["model"] == folder] == list(map(TOK.answer, new))
     err = capsys.readouterr().err
     assert "20 answers by" in err and "10 rows read" in err

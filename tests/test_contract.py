@@ -1,17 +1,14 @@
-"""What a network offers is all that the other files use: a second network, unlike GPT-2 wherever Llama will be, goes through them.
+"""What a network offers is all that the other files use: a Llama, unlike GPT-2 wherever it can be, goes through them.
 
-It shares K/V heads among query heads of a size of their own, turns queries and keys by their positions inside attention, has
-RMS norms, a gated MLP, no biases, a head of its own, other names inside and in its files, and some matrices stored transposed.
+It shares K/V heads among query heads that together are not the width, turns and norms queries and keys inside attention, has no biases
+and a head of its own. What is in its layers: test_llama.py.
 """
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 
 import pytest
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 import checkpoints
 import dpo
@@ -25,102 +22,13 @@ from common.errors import UserError
 from common.flags import check
 from data.tokenizer import get_tokenizer
 from generate import generate
-from model import GPT, Cache, TokenMatrix, describe, linear_paths, resize_vocab, summed_logps, token_logps
+from llama import Llama, LlamaConfig
+from model import Cache, describe, resize_vocab, summed_logps, token_logps
 from quant import NF4Linear, quantize_model
 
 TOK = get_tokenizer("tiny")
 RUN = trainer.Run(torch.device("cpu"), torch.float32)
-
-
-@dataclass
-class OtherConfig:
-    block_size: int = 64
-    vocab_size: int = TOK.vocab_size
-    n_layer: int = 2
-    n_head: int = 4
-    n_kv_head: int = 2
-    head_size: int = 6  # four heads of 6 are not the width
-    n_embd: int = 20
-
-
-def turned(x, positions):
-    """x (B, heads, T, d), positions (T,) or (B, T): neighbouring pairs of numbers, each turned by its angle."""
-    angles = positions[..., None] * 100.0 ** (-torch.arange(0, x.size(-1), 2) / x.size(-1))  # (..., T, d/2)
-    cos, sin = angles.cos().unsqueeze(-3), angles.sin().unsqueeze(-3)  # (1 or B, 1, T, d/2), over the heads
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-
-
-class Layer(nn.Module):
-    def __init__(self, c, layer):
-        super().__init__()
-        self.layer, self.c = layer, c
-        linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
-        self.before, self.between = nn.RMSNorm(c.n_embd), nn.RMSNorm(c.n_embd)
-        self.mix = nn.ModuleDict({"query": linear(c.n_embd, c.n_head * c.head_size), "out": linear(c.n_head * c.head_size, c.n_embd)}
-                                 | {name: linear(c.n_embd, c.n_kv_head * c.head_size) for name in ("key", "value")})
-        self.gate, self.up, self.down = linear(c.n_embd, 28), linear(c.n_embd, 28), linear(28, c.n_embd)
-
-    def forward(self, x, positions, cache):
-        h = self.before(x)
-        q, k, v = (self.mix[name](h).unflatten(-1, (-1, self.c.head_size)).transpose(1, 2) for name in ("query", "key", "value"))
-        q, k, mask = turned(q, positions), turned(k, positions), None
-        if cache is not None:
-            k, v, mask = cache.extend(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        x = x + self.mix["out"](y.transpose(1, 2).flatten(-2))
-        h = self.between(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-
-class Other(nn.Module):
-    token_matrices = ("embedding", "unembedding")
-    forward, linears, replace = GPT.forward, GPT.linears, GPT.replace
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.embedding, self.unembedding = (TokenMatrix(config.vocab_size, config.n_embd) for _ in range(2))
-        self.blocks = nn.ModuleList(Layer(config, layer) for layer in range(config.n_layer))
-        self.last = nn.RMSNorm(config.n_embd)
-        self.linear_paths = linear_paths(self)
-        self.attention_paths = [path for path in self.linear_paths if ".mix." in path]
-
-    @property
-    def device(self):
-        return self.last.weight.device
-
-    def hidden(self, ids, cache=None):
-        positions, x = torch.arange(ids.size(1)) if cache is None else cache.positions(ids.size(1)), self.embedding(ids)
-        for block in self.blocks:
-            x = block(x, positions, cache)
-        return self.last(x)
-
-    def head(self, hidden):
-        return self.unembedding.logits(hidden)
-
-    def hf_names(self):
-        names = {"embedding.weight": ("decoder.read.weight", False), "unembedding.weight": ("predict.weight", False),
-                 "last.weight": ("decoder.last_norm.scale", False)}
-        for i in range(self.config.n_layer):
-            names |= {f"blocks.{i}.{ours}.weight": (f"decoder.stack.{i}.{ours.replace('mix.', 'heads.to_')}.weight", ours == "down")
-                      for ours in ("before", "between", "mix.query", "mix.key", "mix.value", "mix.out", "gate", "up", "down")}
-        return names
-
-    @classmethod
-    def from_pretrained(cls, folder, linear=None, dropout=0.0, attention_dropout=0.0, checkpointing=False):
-        settings = {name: value for name, value in hub.read_settings(folder).items() if name != "model_type"}
-        with torch.device("meta"):
-            model = cls(OtherConfig(**settings))
-        return hub.read_weights(model, folder, linear)
-
-    def save_pretrained(self, folder, extra=None):
-        hub.write_folder(self, folder, {"model_type": "other"} | asdict(self.config), extra)
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    monkeypatch.setitem(checkpoints.FAMILIES, "other", Other)
+SHAPE = dict(block_size=64, vocab_size=TOK.vocab_size, n_layer=2, n_head=4, n_kv_head=2, head_size=6, n_embd=20, n_inner=28, qk_norm=True)
 
 
 def stir(model, seed, std=0.3):
@@ -133,7 +41,7 @@ def stir(model, seed, std=0.3):
 
 
 def network(seed=0, **settings):
-    return stir(Other(OtherConfig(**settings)), seed)
+    return stir(Llama(LlamaConfig(**SHAPE | settings)), seed)
 
 
 def adapted(nf4=False, tokens=(7, 5), **settings):
@@ -184,8 +92,8 @@ def test_folders_round_trip_and_hold_the_names_of_the_network(tmp_path):
     model = network()
     model.save_pretrained(tmp_path)
     read, _ = hub.open_weights(tmp_path)
-    assert torch.equal(read("decoder.stack.1.down.weight"), model.blocks[1].down.weight.t())
-    assert torch.equal(read("decoder.stack.0.heads.to_key.weight"), model.blocks[0].mix["key"].weight)
+    assert torch.equal(read("model.layers.1.mlp.down_proj.weight"), model.blocks[1].mlp.down_proj.weight)
+    assert torch.equal(read("model.layers.0.self_attn.k_proj.weight"), model.blocks[0].attn.k_proj.weight)
     assert torch.equal(checkpoints.load(tmp_path)(IDS), model(IDS))
 
 
@@ -215,15 +123,17 @@ def test_quantized_while_read_equals_quantized_afterwards(tmp_path):
     assert torch.equal(read(IDS), whole(IDS)) and not torch.allclose(whole(IDS), network()(IDS), atol=1e-2)
 
 
+ATTENTION = "attn.q_proj attn.k_proj attn.v_proj attn.o_proj"
+
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("targets, names", [("all", "mix.query mix.out mix.key mix.value gate up down"), ("up", "up"),
-                                            ("attention", "mix.query mix.out mix.key mix.value"), ("mix.out,gate", "mix.out gate")])
+@pytest.mark.parametrize("targets, names", [("all", f"{ATTENTION} mlp.gate_proj mlp.up_proj mlp.down_proj"), ("up_proj", "mlp.up_proj"),
+                                            ("attention", ATTENTION), ("attn.o_proj,gate_proj", "attn.o_proj mlp.gate_proj")])
 def test_targets_are_the_networks_own_names(targets, names):
     model = network()
     lora.add_lora(model, 3, 6, targets=targets)
     assert set(lora.adapted(model)) == {f"blocks.{i}.{name}" for i in (0, 1) for name in names.split()}
-    with pytest.raises(UserError, match="'c_attn'.*among down, gate, mix.key, mix.out, mix.query, mix.value, up"):
+    with pytest.raises(UserError, match="'c_attn'.*among attn.k_proj, attn.o_proj, .*, mlp.up_proj"):
         lora.add_lora(network(), 3, 6, targets="c_attn")
 
 
@@ -251,7 +161,7 @@ def test_rows_of_tokens_are_trained_in_both_matrices():
 
 
 @pytest.mark.parametrize("nf4", [False, True])
-@pytest.mark.parametrize("targets", ["all", "attention", ["blocks.1.down"]])
+@pytest.mark.parametrize("targets", ["all", "attention", ["blocks.1.mlp.down_proj"]])
 def test_adapters_in_pefts_files(tmp_path, targets, nf4):
     model = adapted(nf4, tokens=(TOK.vocab_size - 1, 5), targets=targets)
     network().save_pretrained(tmp_path / "base")
@@ -260,13 +170,14 @@ def test_adapters_in_pefts_files(tmp_path, targets, nf4):
     assert torch.equal(beside(IDS), model(IDS))
     assert torch.allclose(checkpoints.load(tmp_path / "adapter")(IDS), model(IDS), atol=1e-4)
     config = json.loads((tmp_path / "adapter" / checkpoints.CONFIG).read_text())
-    assert config["trainable_token_indices"] == {name: [TOK.vocab_size - 1, 5] for name in ("read", "predict")}
-    attention = [f"heads.to_{name}" for name in ("key", "out", "query", "value")]
-    assert config["target_modules"] == {"all": ["down", "gate", *attention, "up"],
-                                        "attention": attention}.get(str(targets), ["decoder.stack.1.down"])
+    assert config["trainable_token_indices"] == {name: [TOK.vocab_size - 1, 5] for name in ("embed_tokens", "lm_head")}
+    attention = [f"self_attn.{name}_proj" for name in "koqv"]
+    assert config["target_modules"] == {"all": ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *attention],
+                                        "attention": attention}.get(str(targets), ["model.layers.1.mlp.down_proj"])
+    assert config["fan_in_fan_out"] is False
     names = set(checkpoints.read_tensors(tmp_path / "adapter"))
-    assert "predict.token_adapter.trainable_tokens_delta" in names
-    assert ("decoder.stack.0.heads.to_query.lora_A.weight" in names) == (not isinstance(targets, list))
+    assert "lm_head.token_adapter.trainable_tokens_delta" in names
+    assert ("model.layers.0.self_attn.q_proj.lora_A.weight" in names) == (not isinstance(targets, list))
 
 
 # ---- the losses and their steps --------------------------------------------------------------------------------------
@@ -362,7 +273,7 @@ def test_a_script_trains_it_and_both_of_its_folders_are_read(tmp_path, settings)
     model = checkpoints.load(tmp_path / "out")
     if settings:
         new = checkpoints.read_adapter_config(tmp_path / "out")["trainable_token_indices"]
-        assert new == {name: TOK.new_ids for name in ("read", "predict")}
-    assert isinstance(model, Other) and model.config.vocab_size == TOK.vocab_size
+        assert new == {name: TOK.new_ids for name in ("embed_tokens", "lm_head")}
+    assert isinstance(model, Llama) and model.config.vocab_size == TOK.vocab_size
     assert model.unembedding.weight.shape == model.embedding.weight.shape == (TOK.vocab_size, 20)
-    assert not torch.equal(model.blocks[0].mix["key"].weight, base.blocks[0].mix["key"].weight)
+    assert not torch.equal(model.blocks[0].attn.k_proj.weight, base.blocks[0].attn.k_proj.weight)

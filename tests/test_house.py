@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # a file imports from floors below, and within its own folder without going in a circle
     ["common", "kernels"], ["data", "model", "trainer", "island.words"], ["island.told"], ["island.kinds"],
-    ["quant", "island.world"], ["lora"], ["checkpoints"], ["generate"], ["island.exam", "island.vocabulary", "island.dirty"], ["island.__main__", "pretrain"], ["sft"], ["reward", "dpo"],
+    ["llama", "quant", "island.world"], ["lora"], ["checkpoints"], ["generate"], ["island.exam", "island.vocabulary", "island.dirty"], ["island.__main__", "pretrain"], ["sft"], ["reward", "dpo"],
     ["ppo"], ["evals"], ["course"], ["chat", "evaluate", "bench"]]
 FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "tests"
          and not any(part.startswith(".") or part in ("venv", "out") for part in path.relative_to(ROOT).parts)]
@@ -70,10 +70,11 @@ def test_the_network_can_be_taken_out_and_looked_at():
     assert "common" in loaded and not {"data", "island", "trainer", "lora", "quant", "tiktoken"} & set(loaded)
 
 
-def test_no_other_file_knows_the_names_of_gpt2s_layers():
-    names = re.compile(r"c_attn|c_proj|c_fc|\bwte\b|\bwpe\b|ln_f|position_embedding")
-    knowing = [name for name, path in MODULES.items() if names.search(path.read_text(encoding="utf-8"))]
-    assert knowing == ["model"], "what a network offers (linears, attention_paths, hf_names) is said in model.py"
+@pytest.mark.parametrize("file, names", [("model", r"c_attn|c_proj|c_fc|\bwte\b|\bwpe\b|ln_f|position_embedding\b"),
+                                         ("llama", r"[kovxdn]_proj|gate_proj|q_norm|embed_tokens|lm_head|norm_1")])
+def test_no_other_file_knows_the_names_of_the_layers(file, names):
+    knowing = [name for name, path in MODULES.items() if re.search(names, path.read_text(encoding="utf-8"))]
+    assert knowing == [file], "what a network offers (linears, attention_paths, hf_names) is said in model.py"
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -87,6 +88,8 @@ def commands():
     for path in [ROOT / "README.md", *FILES, *(ROOT / "docs").rglob("*.md")]:
         text = re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8"))  # strings that go on in the next line
         for program, rest in COMMAND.findall(text):
+            if program == "learn.py" and not (ROOT / program).is_file():
+                continue  # it comes with the exercises
             flags = re.findall(r"(?<!\S)--[a-z][\w-]*", re.split(r"\s{2,}|[;)]", rest)[0])  # behind it stands what it does
             found.setdefault((program, tuple(flags)), path.relative_to(ROOT))
     return sorted((program, flags, str(path)) for (program, flags), path in found.items())

@@ -441,10 +441,10 @@ def test_of_a_question_that_is_too_long_the_end_is_kept(max_new_tokens, room):
 
 def test_an_answer_stops_at_the_end_token(monkeypatch):
     tok, seen = get_tokenizer("tiny"), []
-    monkeypatch.setattr(generating, "generate", lambda model, prompts, n, stop, **sampling: seen.append((n, stop)) or [[stop[0]]])
+    monkeypatch.setattr(generating, "generate", lambda model, prompts, n, stop, **sampling: seen.append((n, stop)) or [[tok.end]])
     model = type("Model", (), {"config": type("Config", (), {"block_size": 96})})
     run = trainer.Run(torch.device("cpu"), torch.float32)
-    assert generating.ask(model, tok, [[{"role": "user", "content": "hi"}]], run, 7) == [""] and seen == [(7, tok.ends)]
+    assert generating.ask(model, tok, [[{"role": "user", "content": "hi"}]], run, 7) == [""] and seen == [(7, tok.stops)]
 
 
 def test_a_search_is_looked_up_and_answered(monkeypatch):

@@ -85,7 +85,7 @@ def test_orthogonalize_sends_singular_values_near_one_and_keeps_the_directions(s
 class Blocks(torch.nn.Module):
     """What muon looks for in a network: a layer of q, k and v, an MLP's, a matrix of token vectors, a gain."""
 
-    attention_paths = ["qkv"]
+    stacked = {"qkv": 3}
 
     def __init__(self):
         super().__init__()
