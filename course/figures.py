@@ -453,8 +453,8 @@ def main(config):
             temporary.write_text(page(config.out, run, made), encoding="utf-8")
         print(f"wrote {config.page}; next: python -m course.lessons")
     else:
-        raise UserError(f"not drawn or written again, for {config.out} lacks {', '.join(absent)}: python evaluate.py --story "
-                        "trains all but sft-no-mix, python sft.py --mix 0 --out out/sft-no-mix that one")
+        raise UserError(f"not all was drawn, for {config.out} lacks {', '.join(absent)}: python evaluate.py --story; that "
+                        "trains all but sft-no-mix; python sft.py --mix 0 --out out/sft-no-mix trains that one")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_a_mark_without_its_end_is_found(monkeypatch, tmp_path):
 
 def test_lesson_0_has_the_tokens_and_the_mask_of_the_renderer_and_its_sum_is_its_loss():
     text = lessons.section("docs/course/one_run.md", "A conversation")
-    (header, rows), = lessons.tables(text)
+    (_, rows), = lessons.tables(text)
     ids, mask = get_tokenizer("tiny").render(by_hand.first_conversation())
     again = "the island or its tokens have changed: python -m course.figures, then python -m course.lessons"
     assert [int(row[2]) for row in rows] == ids and [int(row[3]) for row in rows] == mask, again
