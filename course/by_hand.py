@@ -86,9 +86,10 @@ def conversation(out, run):
             loss = sft.sft_loss(model, *batch).item()
             logits, targets = model(batch[0][:, :-1]), batch[0][:, 1:]
             everything = sft.masked_loss(logits, targets, torch.ones_like(targets)).item()
-        lines += [f"{name}: n = {len(terms)}, sum = -{sums} = {sum(terms):.3f}, loss = {-sum(terms):.3f} / {len(terms)} "
-                  f"= **{-sum(terms) / len(terms):.4f}**; `sft_loss` says **{loss:.4f}** "
-                  f"(over all {len(ids) - 1} tokens, without the mask, it would be {everything:.4f})", ""]
+        said = (f"{name}: n = {len(terms)}, sum = -{sums} = {sum(terms):.3f}, loss = {-sum(terms):.3f} / {len(terms)} "
+                f"= **{-sum(terms) / len(terms):.4f}**; `sft_loss` says **{loss:.4f}** (over all {len(ids) - 1} tokens, "
+                f"without the mask, it would be {everything:.4f})")
+        lines += [said, ""]
     return "\n".join(lines)
 
 
@@ -146,10 +147,10 @@ def pair(out, run):
     four = [torch.tensor([sums[i]]) for i in (0, 2, 1, 3)]
     loss = dpo.dpo_loss(*four, beta=BETA_DPO)[0].item()
     p = torch.sigmoid(torch.tensor(BETA_DPO * (w - l))).item()
-    lines += [f"h = {two(w)} - ({two(l)}) = {two(w - l)}; beta h = {BETA_DPO:g} x {two(w - l)} = {two(BETA_DPO * (w - l))}; "
-              f"sigmoid = {p:.3f}; loss = -log {p:.3f} = **{-torch.tensor(p).log().item():.3f}**; `dpo_loss` says "
-              f"**{loss:.3f}** (at the start: ln 2 = 0.693)", ""]
-    return "\n".join(lines)
+    said = (f"h = {two(w)} - ({two(l)}) = {two(w - l)}; beta h = {BETA_DPO:g} x {two(w - l)} = {two(BETA_DPO * (w - l))}; "
+            f"sigmoid = {p:.3f}; loss = -log {p:.3f} = **{-torch.tensor(p).log().item():.3f}**; `dpo_loss` says "
+            f"**{loss:.3f}** (at the start: ln 2 = 0.693)")
+    return "\n".join([*lines, said, ""])
 
 
 # ---- lesson 8 --------------------------------------------------------------------------------------------------------
@@ -174,11 +175,11 @@ def response(out, run):
     columns = [x[0, start:].tolist() for x in (logps, ref_logps, rewards, values, deltas, advantages, returns)]
     rows = [[piece, *map(two, numbers)] for piece, *numbers in zip(pieces(tok, reply), *columns)]
     kl = ppo.kl_k1(logps, ref_logps, mask).item()
-    return "\n".join([f"Asked: {asked[-1]['content']}", "", f"Answered: {tok.answer(reply)}", "",
-                      markdown(["token", "log pi", "log pi_ref", "reward r", "value V", "delta", "A", "return"], rows), "",
-                      f"score of the reward model {two(mark)}, beta {BETA_PPO:g}, KL of the response (k1) {two(kl)}: "
-                      f"the rewards add up to {two(mark)} - {BETA_PPO:g} x {two(kl)} = **{two(mark - BETA_PPO * kl)}**, "
-                      f"and so says the column: **{two(rewards.sum().item())}**", ""])
+    table = markdown(["token", "log pi", "log pi_ref", "reward r", "value V", "delta", "A", "return"], rows)
+    said = (f"score of the reward model {two(mark)}, beta {BETA_PPO:g}, KL of the response (k1) {two(kl)}: the rewards add up "
+            f"to {two(mark)} - {BETA_PPO:g} x {two(kl)} = **{two(mark - BETA_PPO * kl)}**, and so says the column: "
+            f"**{two(rewards.sum().item())}**")
+    return "\n".join([f"Asked: {asked[-1]['content']}", "", f"Answered: {tok.answer(reply)}", "", table, "", said, ""])
 
 
 EXAMPLES = {"conversation": conversation, "vote": vote, "pair": pair, "response": response}

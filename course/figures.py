@@ -22,7 +22,6 @@ import pretrain
 import quant
 import reward
 import trainer
-from checkpoints import load
 from common import plots
 from common.disk import replacing
 from common.errors import UserError
@@ -30,7 +29,6 @@ from common.flags import TrainConfig, parse
 from common.tables import markdown
 from course import by_hand
 from course.by_hand import checkpoint, first_conversation, held_out_votes, two
-from data.shapes import says
 from data.tokenizer import get_tokenizer
 from evals import benches, measure
 from generate import ask
