@@ -24,12 +24,13 @@ import math
 import sys
 from dataclasses import asdict, dataclass
 
+from common.errors import UserError, end_politely
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from common import hub
-from common.errors import UserError, end_politely
 from model import TINY, GPTConfig, Network, TokenMatrix, linear_paths, main
 
 
@@ -189,6 +190,11 @@ class Llama(Network):
         """ids (B, T) -> the final norm's output (B, T, C). With a cache, ids continue what the cache holds."""
         positions = self.positions(ids, cache)
         return self.norm(self.through(self.drop(self.embedding(ids)), *angles(self.config, positions), cache))
+
+    def drop_head(self):
+        if self.unembedding is not None:
+            self.unembedding, self.token_matrices, self.headless = None, ("embedding",), True
+            self.parameter_names = [name for name in self.parameter_names if not name.startswith("unembedding.")]
 
     # ---- Hugging Face folders: read_config, hf_names, save_pretrained, as in model.py ----------------------------------
 

@@ -24,12 +24,14 @@ Adapters are stored as PEFT stores them (checkpoints.py): PEFT reads ours, we re
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from common.errors import UserError
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.errors import UserError
 from common.flags import parse
+from model import wide
 from quant import NF4Linear, dequantize_nf4
 
 # ---- the two trained layers ------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ class TrainedTokens(nn.Module):
         row_of = torch.full((size,), -1, device=device)  # which trained row a token has; -1: none
         row_of[self.ids] = torch.arange(len(ids), device=device)
         self.register_buffer("row_of", row_of, persistent=False)
-        self.rows = nn.Parameter(embedding.weight.detach()[self.ids].clone())  # (len(ids), C)
+        self.rows = nn.Parameter(wide(embedding.weight.detach()[self.ids]))  # (len(ids), C)
 
     def forward(self, ids):
         x = self.frozen(ids)  # (..., C)
@@ -182,9 +184,9 @@ def merged_weight(layer, how):
     if how == "simple":
         if isinstance(base, NF4Linear):
             raise ValueError("the simple merge needs the weights as they were before: load the base as floats")
-        weight = base.weight.bfloat16().to(base.weight.dtype)
+        weight = wide(base.weight.bfloat16())
     else:
-        weight = dequantize_nf4(base.quantized) if isinstance(base, NF4Linear) else base.weight
+        weight = dequantize_nf4(base.quantized) if isinstance(base, NF4Linear) else wide(base.weight)
     return weight + layer.scaling * layer.lora_B @ layer.lora_A if isinstance(layer, LoRALinear) else weight
 
 
@@ -204,6 +206,8 @@ def merge_lora(model, how="careful"):
         linear.weight = nn.Parameter(merged_weight(layer, how))
         linear.bias = base.bias
         model.replace(path, linear.train(layer.training))
+    for parameter in model.parameters():
+        parameter.data = wide(parameter.data)
     for name in model.token_matrices:
         tokens = model.get_submodule(name)
         if isinstance(tokens, TrainedTokens):
@@ -219,6 +223,7 @@ class Config:
     adapter: str = ""  # the adapter's folder
     base: str = ""  # the base model's folder; empty: the one that the adapter names
     out: str = ""  # folder for the merged model
+    overwrite: bool = False  # replace the checkpoint in --out
     merge: str = "careful"  # careful (the weights that training saw) or simple (the base in bfloat16)
     compare: bool = False  # print what both merges change, and on the island their scores
     text: str = ""  # text file for --compare; empty: the island's plain text

@@ -22,13 +22,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from common.errors import UserError
+
 import torch
 import torch.nn.functional as F
 
 import pretrain
 import trainer
 from checkpoints import load_init, save_checkpoint
-from common.errors import UserError
 from common.flags import Amount, Positive, TrainConfig, parse
 from data import files
 from data.formats import Refused

@@ -17,17 +17,17 @@ but for two things. The text of a message is always ordinary text, so `<|end|>` 
 never the token: only a format inserts special ids. And an answer is encoded apart from its prompt, so that no merge
 crosses the boundary between what is given and what is learned.
 """
-import json
 import re
 import uuid
 from dataclasses import replace
 from pathlib import Path
 
+from common.errors import UserError, end_politely
+
 import tiktoken
 
-from common.disk import settle
-from common.errors import UserError
-from common.hub import PUBLIC, find, is_name
+from common.disk import settle, together, write_json
+from common.hub import PUBLIC, TOKENIZER, find, is_name
 from data.bpe import PATTERN, load_ranks
 from data.formats import TEMPLATES, WRITTEN, OwnFormat, known
 from data.tokenizer_json import END_OF_TEXT, Engine, added_token, content_of, read_folder, whole
@@ -160,8 +160,8 @@ class Tokenizer:
         return "".join(f"\033[{32 if m else 90}m{piece}\033[0m" for piece, m in zip(pieces, mask, strict=True))
 
     def save(self, folder):
-        """Writes tokenizer.json, tokenizer_config.json and generation_config.json into an existing folder. A
-        tokenizer.json that was read is written again as it was, with the chat tokens that were added."""
+        """Writes tokenizer.json, tokenizer_config.json and generation_config.json into a folder, in place of any
+        tokenizer there. One that was read is written again as it was, with the chat tokens that were added."""
         content = self.content or content_of(self.ranks, self.pattern)
         old = {token["content"] for token in content["added_tokens"]}
         new = [added_token(token, i) for i, token in sorted(self._names.items()) if token not in old]
@@ -174,11 +174,12 @@ class Tokenizer:
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **named, "chat_template": self.own or self.template.jinja(),
                     "nanoalign_template": self.template_name, "nanoalign_new_ids": self.new_ids}
         stops = [self.end, *sorted(self.stops - {self.end})]
-        for name, content in (("tokenizer.json", content | {"added_tokens": content["added_tokens"] + new}),
-                              ("tokenizer_config.json", settings),
-                              ("generation_config.json", {"eos_token_id": stops, "bos_token_id": begin,
-                                                          "pad_token_id": self.special[named["pad_token"]]})):
-            Path(folder, name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        with together(folder, TOKENIZER) as saving:
+            for name, content in (("tokenizer.json", content | {"added_tokens": content["added_tokens"] + new}),
+                                  ("tokenizer_config.json", settings),
+                                  ("generation_config.json", {"eos_token_id": stops, "bos_token_id": begin,
+                                                              "pad_token_id": self.special[named["pad_token"]]})):
+                write_json(saving / name, content, ensure_ascii=False, indent=1)
 
 
 def fit(messages, render, limit):
@@ -233,6 +234,7 @@ def _from_folder(folder, template):
 
 
 if __name__ == "__main__":
+    end_politely()
     import argparse
 
     from data import files
