@@ -75,7 +75,7 @@ def fit_rows(rows, tok, longest, say=print):
             messages = fit(row["messages"], lambda messages: tok.render(messages)[0], longest)
             ids, mask = tok.render(messages) if messages else ([], [])
         except Refused as error:
-            told[f"dropped: {error.why}"] += 1
+            told[f"dropped: {error.why}, though another --template, or --merge-system, may"] += 1
             continue
         if any(mask[1:]):
             found.append(row | {"example": (ids, mask)})
