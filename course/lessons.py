@@ -123,7 +123,7 @@ def missing(page, text):
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", text):
         if not (page.parent / target).exists():
             found.append(f"links to {target}, which is not there")
-    for path in re.findall(r"`(?!out/)([\w/]+\.(?:py|md))\b", text):
+    for path in re.findall(r"`(?!out/|my/)([\w/]+\.(?:py|md))\b", text):
         if not (ROOT / path).is_file():
             found.append(f"names {path}, which is not there")
     for path, names in re.findall(r"`([\w/]+\.py): ([\w., ]+)`", text):
