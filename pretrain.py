@@ -13,11 +13,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from common.flags import Positive, TrainConfig, dropout_of, parse
+
 import torch
 
 import trainer
 from checkpoints import load, save_checkpoint
-from common.flags import Positive, TrainConfig, dropout_of, parse
 from common.waits import bar
 from data import files
 from data.tokenizer import get_tokenizer
