@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "robust.md"
 OUTCOMES = ("fine", "sentence", "traceback", "hang", "silent", "lost", "left", "other")
-LIMIT = 120  # seconds until a command hangs
+LIMIT = 600  # seconds until a command hangs
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
 
 # ---- commands --------------------------------------------------------------------------------------------------------
