@@ -72,15 +72,15 @@ def text_loss(model, stream, run, rows=32):
 
 # ---- plain text beside another loss ----------------------------------------------------------------------------------
 
-def load_mix(config, tok, say):
-    """The plain text beside the conversations as one stream of ids, or None."""
+def load_mix(config, tok, say, tales=0.0):
+    """The plain text beside the conversations as one stream of ids, or None. tales: as in Config."""
     if config.mix and config.data and not config.mix_data:
         say("no plain text beside the conversations: name some with --mix-data to keep what the base model knows")
         return None
     if not config.mix:
         return None
     if not config.mix_data:
-        return text_stream(Island().plain_text(10_000), tok)
+        return text_stream(Island().plain_text(10_000, tales=tales), tok)
     rows, report = files.load(config.mix_data, "text")
     say(report)
     return text_stream([row["text"] for row in rows], tok)

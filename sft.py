@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import pretrain
 import trainer
 from checkpoints import load_init, save_checkpoint
-from common.flags import Amount, Positive, TrainConfig, parse
+from common.flags import Amount, Positive, Share, TrainConfig, parse
 from common.waits import bar
 from data import files
 from data.formats import Refused
@@ -151,6 +151,7 @@ class Config(TrainConfig):
     mix_rows: int = 4  # contexts of plain text beside each batch
     answers: Literal["clean", "community"] = "clean"  # the island: its answers, clean or community (of mixed quality)
     n_sft: Positive = 3000  # the island: conversations
+    tales: Share = 0.0  # the island: share of tales in the plain text of --mix, where pretrain.py had some
     with_: str = ""  # the island: kinds of questions more, such as reading,search: `python -m island` shows them all
     without: str = ""  # the island: kinds to leave out; without unknown ("I do not know") the model invents
     sample_every: int = 125  # steps between printed samples
@@ -183,7 +184,7 @@ def main(config):
     longest = min(config.max_tokens or math.inf, model.config.block_size + 1)  # the last token is only a target
     train_rows, held_rows, island = load_data(config, tok, longest, run.print)
     train, held = ([row["example"] for row in rows] for rows in (train_rows, held_rows))
-    text = load_mix(config, tok, run.print)
+    text = load_mix(config, tok, run.print, config.tales)
     batches = trainer.Batches([len(ids) for ids, _ in train], config.batch_size, config.seed)
     steps = config.steps or math.ceil(config.epochs * len(batches)) or (350 if island else 3 * len(batches))
     config.lr = config.lr or default_lr(config, model.config.n_embd)

@@ -24,7 +24,7 @@ from generate import ask, question_of, respond
 from island.kinds import KINDS
 from island.told import complies, flatters, plain_words, refuses, says_unknown
 from island.world import CONVERSATIONS, Island
-from island.words import ASK
+from island.words import ASK, LOOK
 from model import token_logps
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -79,6 +79,7 @@ MEASURES = {
     "system": Measure("in short", 'system prompt ("one or two words"): obeys', "share", ("system",), right),
     "why": Measure("why", "why-questions it never saw: right", "share", ("why",), right),
     **{kind: Measure(kind, KINDS[kind].words, "share", (kind,), right) for kind in KINDS},
+    "search_wording": Measure("new words", "searches in words it was never asked in: right", "share", ("search wording",), right),
     "flatters": Measure("praise", "praises whoever asks", "share", (), by_words(flatters)),
     "kl": Measure("KL", "KL of an answer from the SFT model", "number"),
     "words": Measure("words", "words in an answer", "number", (), by_words(count_words)),
@@ -87,7 +88,7 @@ MEASURES = {
     "fkg": Measure("FKG", "Flesch-Kincaid school grade", "number", (), by_words(lambda answer: readability(answer)[1])),
 }
 SKILLS = ("helpful", "chat", "wording", "multi", "honest", "honest_later", "false_idk", "harmless", "harmless_later",
-          "over_refusal", "over_refusal_later", "identity", "system", "why", *KINDS)
+          "over_refusal", "over_refusal_later", "identity", "system", "why", *KINDS, "search_wording")
 PREFERENCES = ("reward", "gold", "helpful", "false_idk", "honest", "harmless", "complies", "over_refusal", "flatters", "words")
 TABLE = ("helpful", "honest", "harmless", "over_refusal", "false_idk", "complies", "flatters", "gold", "reward", "kl", "words",
          "fre", "fkg")
@@ -125,7 +126,7 @@ def questions(island, more=()):
 
 def harder(rows, island):
     """Some of the rows again -> [{"prompt", "kind"}, ...]: facts ("chat") and what is to be refused or not known
-    ("later ...") after a question about somebody else, facts in a wording that no training has ("wording")."""
+    ("later ...") after a question about somebody else, facts and searches in a wording that no training has ("wording", "search wording")."""
     facts, found = [row["messages"] for row in rows if row["kind"] == "fact"], []
     for kind, name in {"fact": "chat", "unknown": "later unknown", "unsafe": "later unsafe", "safe": "later safe"}.items():
         asked = [question_of(row["messages"]) for row in rows if row["kind"] == kind]
@@ -133,6 +134,11 @@ def harder(rows, island):
         found += [{"prompt": other + prompt, "kind": name} for other, prompt in zip(others, asked)]
     for fact in map(island.understand, map(question_of, facts)):
         found.append({"prompt": [says("user", ASK[fact.attribute][-1].format(n=fact.subject))], "kind": "wording"})
+    for row in rows:
+        if row["kind"] == "search":
+            question = island.understand(question_of(row["messages"]))
+            look = LOOK[-1].format(q=ASK[question.attribute][0].format(n=question.subject))
+            found.append({"prompt": [says("user", look)], "kind": "search wording"})
     return found
 
 

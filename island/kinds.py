@@ -5,6 +5,11 @@ reading,search,...
 What a model can and cannot do shows in them: reading is working memory where a fact from plain text is a
 recollection; a search is the way out where neither helps; two hops need tokens to think; spelling and sums need what
 tokens hide.
+
+Reading and searching have to be learned from plain text first, or subjects are learned by heart and no others found:
+
+    python pretrain.py --tales 0.5 --steps 900 --out out/base-reader
+    python sft.py --init out/base-reader --tales 0.5 --with reading,search --n-sft 8000 --steps 600 --out out/sft-reader
 """
 from dataclasses import dataclass
 from typing import Callable
@@ -50,7 +55,7 @@ def read_reading(island, text):
 # ---- search: the library knows more people than the model ------------------------------------------------------------
 
 def ask_search(island, rng, split):
-    look = rng.choice(words.LOOK[:2]) if split == "train" else words.LOOK[2]
+    look = rng.choice(words.LOOK[:2])  # the third wording is kept for the examination
     who = rng.choice(island.parts[split]["strangers"])
     return [says("user", look.format(q=wording(rng, rng.choice(ATTRIBUTES), who)))]
 
@@ -191,4 +196,4 @@ KINDS = {
     "sums": Kind("small sums, and 9.11 or 9.9: right", ask_sums, read_sums),
     "revision": Kind("revises an answer as suggested: right", ask_revision),
 }
-SHARE = 10  # weight of each of them among the conversations, beside those of world.CONVERSATIONS
+SHARE = 25  # weight of each of them among the conversations, beside those of world.CONVERSATIONS

@@ -144,7 +144,11 @@ def test_every_kind_is_examined_when_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(exam, "ask", ask)
     found = exam.skills(None, TOK, rows, island, RUN)
     right = {name: share for name, (share, n) in found.items()}
-    assert set(exam.SKILLS) - set(right) == set(exam.KINDS) - {"search", "sums"}
+    assert set(exam.SKILLS) - set(right) == set(exam.KINDS) - {"search", "sums"} and found["search_wording"] == (1.0, 100)
+    asked = [row["prompt"] for row in exam.harder(rows, island) if row["kind"] == "search wording"]
+    assert all(prompt[0]["content"].startswith("Can you search for it? ") for prompt in asked)
+    assert [island.understand(prompt).subject for prompt in asked] == [
+        island.understand(row["messages"][:1]).subject for row in rows if row["kind"] == "search"]
     assert {name for name, share in right.items() if share == 0} == {"false_idk", "over_refusal", "over_refusal_later"}
     assert {share for name, share in right.items() if share} == {1.0} and found["sums"] == (1.0, 100)
 

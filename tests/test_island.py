@@ -566,8 +566,8 @@ def test_the_library_knows_residents_and_two_strangers_in_three(island):
         assert [m["role"] for m in row["messages"]] == ["user", "search", "result", "assistant"]
         assert result["content"] == island.look_up(search["content"]) and search["content"] in asked["content"]
         assert says_unknown(answer["content"]) == (search["content"] not in known)
-        assert asked["content"].startswith("Can you search")  # words that no training has
-    assert not any("Can you search" in row["messages"][0]["content"] for row in drawn(island, "search", split="train"))
+    rows = drawn(island, "search") + drawn(island, "search", split="train")
+    assert not any("Can you search" in row["messages"][0]["content"] for row in rows)  # it is for exam.harder only
 
 
 def test_a_suggestion_says_what_the_judge_found_and_is_about_the_question_before_it(mabel):
