@@ -25,7 +25,7 @@ import trainer
 from common import plots
 from common.disk import replacing
 from common.errors import UserError
-from common.flags import TrainConfig, parse
+from common.flags import parse
 from common.tables import markdown
 from course import by_hand
 from course.by_hand import checkpoint, first_conversation, held_out_votes, two
@@ -429,7 +429,7 @@ class Config:
 
 def main(config):
     plots.needed("python -m course.figures")
-    run = trainer.start(TrainConfig(device="cpu", dtype="float32"))
+    run = by_hand.RUN
     there = {name for name in (*POLICIES, "reward", "sft-no-mix") if trainer.is_finished(Path(config.out) / name)}
     absent = sorted({*POLICIES, "reward", "sft-no-mix"} - there)
     made = {}

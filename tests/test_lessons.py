@@ -10,10 +10,9 @@ from course import by_hand, figures, lessons
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from reward import RewardModel
-from trainer import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN = Run(torch.device("cpu"), torch.float32)
+RUN = by_hand.RUN
 
 
 def test_every_lesson_says_what_the_code_and_the_tables_say_and_names_what_exists():
