@@ -58,7 +58,7 @@ def load(name_or_folder, merge=True, base="", how="careful", linear=None, **sett
 def family(folder):
     """-> the class of network that reads the folder. Raises UserError where there is none."""
     name = hub.read_settings(folder).get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{folder} holds a model of type {name!r:.80}: this project reads {', '.join(FAMILIES)}")
     return FAMILIES[name]
 

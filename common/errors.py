@@ -1,4 +1,5 @@
 """A user's mistake ends in one sentence, never in a traceback."""
+import contextlib
 import os
 import sys
 
@@ -9,6 +10,17 @@ class UserError(SystemExit):
     A SystemExit, so that any script that lets it pass prints the sentence and stops with status 1, and no
     `except Exception` on the way swallows it. A traceback is for bugs.
     """
+
+
+@contextlib.contextmanager
+def reading(path, cure="copy or download it again"):
+    """Around code that reads a file of somebody else's: whatever is wrong with that ends in one sentence."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        raise UserError(f"{path} is damaged ({' '.join(repr(error).split())[:200]}): {cure}") from None
 
 
 def end_politely():

@@ -26,7 +26,7 @@ from pathlib import Path
 import tiktoken
 
 from common.disk import settle
-from common.errors import UserError
+from common.errors import UserError, reading
 from common.hub import PUBLIC, find, is_name
 from data.bpe import PATTERN, load_ranks
 from data.formats import TEMPLATES, WRITTEN, OwnFormat, known
@@ -56,6 +56,8 @@ class Tokenizer:
         self.template_name, self.template = self._format(name, template, end)
         # chat tokens that the model beside these files has never been trained on: their embeddings mean nothing yet
         self.new_ids = sorted(set(self.special.values()) - set(special.values()) | set(new_ids))
+        if not set(self.special.values()).issuperset(self.new_ids):
+            raise UserError(f"{name}: tokenizer_config.json has nanoalign_new_ids that no special token has: copy it again")
         if engine is None:
             self.encoding = tiktoken.Encoding(name, pat_str=whole(pattern), mergeable_ranks=ranks, special_tokens=self.special)
             engine = Engine(*[self.encoding.encode_ordinary, self.encoding.decode] * 2)
@@ -201,7 +203,8 @@ def get_tokenizer(name_or_folder, template=None):
         return _from_ranks("tiny", load_ranks(TINY), template or "search")
     settle(path)
     if path.is_dir():
-        return _from_folder(path, template)
+        with reading(f"the tokenizer in {path}"):
+            return _from_folder(path, template)
     if path.is_file():
         return _from_ranks(path.stem, load_ranks(path), template)
     if name_or_folder in PUBLIC:
@@ -212,7 +215,7 @@ def get_tokenizer(name_or_folder, template=None):
                             "name its rank file, as in --tokenizer path/to/gpt2.tiktoken")
         return Tokenizer("gpt2", gpt2._mergeable_ranks, {END_OF_TEXT: gpt2.eot_token}, PATTERN, template or "chat")
     if is_name(str(name_or_folder)):
-        return _from_folder(find(name_or_folder), template)
+        return get_tokenizer(find(name_or_folder), template)
     raise UserError(f"there is no tokenizer {name_or_folder!r}: give tiny, gpt2, a rank file (.tiktoken) or a folder "
                     "that holds tokenizer.json")
 

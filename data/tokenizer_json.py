@@ -21,6 +21,8 @@ CHAT_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
                "<|im_start|>", "<|im_end|>")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+ROOM = 1000  # ids that no token has, beside as many as there are tokens
+
 
 class Engine(NamedTuple):
     """Ordinary text -> ids and back.
@@ -117,6 +119,9 @@ def _complete(content, settings, named):
     ids = vocab | {name: token["id"] for name, token in added.items()}
     if len(set(ids.values())) < len(ids) or any(ids[name] != i for name, i in vocab.items()):
         raise ValueError("two tokens have one id, or one token has two")
+    for name, i in ids.items():
+        if type(i) is not int or not 0 <= i < 2 * len(ids) + ROOM:  # ids far beyond would make as many tokens here
+            raise ValueError(f"{name!r} has the id {i!r} in a vocabulary of {len(ids):,}")
     ours = (*CHAT_TOKENS, *(named[key] for key in ("bos_token", "eos_token", "pad_token") if key in named))
     names = [(name, ids[name]) for name in ours if name in ids]
     gaps = [(f"<|unused {i}|>", i) for i in set(range(max(ids.values()))) - set(ids.values())]

@@ -172,7 +172,7 @@ def uses(folder, data, out):
                                   "--sample-every", 0, "--eval-every", 0, "--out", out, *small)}
 
 
-def configs(folder, every=1):
+def configs(folder, every=1, only=None):
     """Each single value of config.json (GPT-2, Llama), tokenizer.json, tokenizer_config.json, generation_config.json,
     adapter_config.json and an index, left out or replaced by each of two dozen others: read, and where it can be read,
     chatted with, measured and trained."""
@@ -180,7 +180,7 @@ def configs(folder, every=1):
     data.write_text("\n".join(json.dumps({"prompt": f"question {i}?", "completion": f"yes, {i}"}) for i in range(12)))
     count = 0
     for name, files in made(folder).items():
-        for file in files:
+        for file in files if only is None else [f for f in files if f in only]:
             path = folder / name / file
             before = path.read_bytes()
             content = json.loads(before)
@@ -193,7 +193,7 @@ def configs(folder, every=1):
                     case = f"{name}/{file} {'.'.join(map(str, place))[:60]} = {'(left out)' if wrong is ... else wrong!r:.30}"
                     what, said = forked(lambda: loaded(folder / name))
                     yield case, what, said
-                    for use, act in uses(folder / name, data, folder / "out").items() if what == "fine" else ():
+                    for use, act in uses(folder / name, data, folder / "out").items() if what == "fine" and only is None else ():
                         yield f"{case}: {use}", *act()
                     shutil.rmtree(folder / "out", ignore_errors=True)
             path.write_bytes(before)
