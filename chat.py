@@ -39,6 +39,7 @@ from common.disk import Ledger, write_jsonl
 from common.errors import UserError
 from common.flags import Amount, Count, DType, Positive, Probability, Template, parse
 from generate import fit_question, generate, stream
+from quant import freeze
 from reward import load_rewards
 
 STAGES = ("out/ppo", "out/dpo", "out/sft")
@@ -61,7 +62,7 @@ class Speaker:
 
     def __init__(self, folder, config, run):
         self.folder, self.config, self.run = str(Path(folder)), config, run
-        self.model = load(folder).to(run.device).eval()
+        self.model = load(folder, linear=freeze).to(run.device).eval()
         refuse_reward_model(folder)
         self.tok = get_tokenizer(config.tokenizer or folder, config.template or None)
         if self.tok.vocab_size - len(self.tok.new_ids) > self.model.config.vocab_size:

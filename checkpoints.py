@@ -8,6 +8,7 @@ Folders are Hugging Face's: transformers reads the models, PEFT the adapters, an
 reward model's head is one more tensor in the same file. What training needs to go on (trainer.save_state) lies beside
 them.
 """
+import functools
 import json
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from common.errors import UserError
 from common.flags import dropout_of
 from data.tokenizer import get_tokenizer
 from model import GPT, resize_vocab
-from quant import NF4Linear, quantize_model
+from quant import NF4Linear, freeze
 
 FAMILIES = {"gpt2": GPT} | dict.fromkeys(llama.FAMILIES, llama.Llama)  # config.json's model_type: what reads the folder
 
@@ -32,21 +33,25 @@ FAMILIES = {"gpt2": GPT} | dict.fromkeys(llama.FAMILIES, llama.Llama)  # config.
 
 
 def load(name_or_folder, merge=True, base="", how="careful", linear=None, **settings):
-    """A checkpoint's folder, an adapter's folder, or a public name -> network, float32.
+    """A checkpoint's folder, an adapter's folder, or a public name -> network, float32. Of a reward model: without the
+    head of its own that it may have, which nobody asks.
 
     merge: an adapter is merged into its base, `how` says which way (lora.merge_lora); False: it stays beside it, and
-    the base is quantized where training had it so. base: in place of the base that an adapter names. linear: takes
-    the place of each linear layer of the blocks, such as NF4Linear. settings: dropout, attention_dropout,
-    checkpointing. Raises UserError where there is no such folder, or it is damaged, or of a family that this project
-    does not know.
+    the base is quantized where training had it so. base: in place of the base that an adapter names. linear: for what
+    is not trained, which stays bfloat16 where its file is (quant.freeze), or is quantized while it is read (NF4Linear):
+    takes the place of each linear layer of the blocks. settings: dropout, attention_dropout, checkpointing. Raises
+    UserError where there is no such folder, or it is damaged, or of a family that this project does not know.
     """
-    if not is_adapter(name_or_folder):
-        folder = hub.find(name_or_folder)
+    adapter = is_adapter(name_or_folder)
+    folder = name_or_folder if adapter else hub.find(name_or_folder)
+    settings = {"head": not is_reward_model(folder)} | settings
+    if not adapter:
         return family(folder).from_pretrained(folder, linear=linear, **settings)
     quantized = read_adapter_config(name_or_folder)["nanoalign_nf4"]
-    model = load(base or base_of(name_or_folder), **settings)
+    frozen = None if merge else freeze
     if quantized and (how == "careful" or not merge):
-        quantize_model(model, **quantized)
+        frozen = functools.partial(NF4Linear, **quantized)
+    model = load(base or base_of(name_or_folder), linear=frozen, **settings)
     load_adapter(model, name_or_folder)
     if merge:
         lora.merge_lora(model, how)
@@ -72,21 +77,26 @@ def shapes(name_or_folder):
 def load_to_ask(folder, run):
     """A checkpoint folder or a public name -> model, ready to be asked, and its tokenizer."""
     refuse_reward_model(folder)
-    model, tok = load(folder), get_tokenizer(folder)
+    model, tok = load(folder, linear=freeze), get_tokenizer(folder)
     if tok.new_ids:
         run.print(f"{folder} has never been trained on conversations: expect continued text, not answers")
     resize_vocab(model, tok.vocab_size)
     return model.to(run.device).eval(), tok
 
 
+def frozen_as(config):
+    """How a base is kept beside adapters: what `load` takes as linear. None: all weights are trained."""
+    return NF4Linear if config.nf4 else freeze if config.lora_r else None
+
+
 def load_init(config, run, stage=None, **settings):
     """-> model, ready to train, and tokenizer of --init. With --lora-r adapters are added and all else is frozen;
-    with --nf4 in four bits, layer by layer as it is read. stage, settings: the earlier script, and its flags, that
+    as it is in its file, or with --nf4 in four bits, layer by layer as it is read. stage, settings: the earlier script, and its flags, that
     makes --init where that is the default of config's script and not there yet."""
     if stage and config.init == type(config).init:
         trainer.ensure(config.init, stage, config, run, **settings)
     model = load(config.init, dropout=dropout_of(config), checkpointing=config.checkpointing,
-                 linear=NF4Linear if config.nf4 else None)
+                 linear=frozen_as(config))
     tok = get_tokenizer(config.tokenizer or config.init, config.template or None)
     resize_vocab(model, tok.vocab_size)
     model.to(run.device)

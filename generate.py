@@ -21,6 +21,7 @@ from common.flags import Amount, Count, DType, Positive, Probability, TrainConfi
 from data.shapes import says
 from data.tokenizer import fit, get_tokenizer
 from model import Cache
+from quant import freeze
 
 # ---- from logits to tokens -------------------------------------------------------------------------------------------
 
@@ -196,7 +197,7 @@ def main(config):
     if len(config.words) < 2 or config.n < 1:
         raise UserError('name a checkpoint and the text that it continues, as in python generate.py out/base "Mabel likes to"')
     folder, text, run = config.words[0], " ".join(config.words[1:]), trainer.start(config)
-    model, tok = load(folder).to(run.device), get_tokenizer(folder)
+    model, tok = load(folder, linear=freeze).to(run.device), get_tokenizer(folder)
     prompt = tok.document(text)[-(model.config.block_size - 1):]
     with run.autocast():
         for ids in generate(model, [prompt] * config.n, config.max_new_tokens, config.temperature, config.top_p, config.top_k,

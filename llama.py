@@ -190,6 +190,11 @@ class Llama(Network):
         positions = self.positions(ids, cache)
         return self.norm(self.through(self.drop(self.embedding(ids)), *angles(self.config, positions), cache))
 
+    def drop_head(self):
+        if self.unembedding is not None:
+            self.unembedding, self.token_matrices, self.headless = None, ("embedding",), True
+            self.parameter_names = [name for name in self.parameter_names if not name.startswith("unembedding.")]
+
     # ---- Hugging Face folders: read_config, hf_names, save_pretrained, as in model.py ----------------------------------
 
     def hf_names(self):

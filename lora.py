@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 from common.errors import UserError
 from common.flags import parse
+from model import wide
 from quant import NF4Linear, dequantize_nf4
 
 # ---- the two trained layers ------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ class TrainedTokens(nn.Module):
         row_of = torch.full((size,), -1, device=device)  # which trained row a token has; -1: none
         row_of[self.ids] = torch.arange(len(ids), device=device)
         self.register_buffer("row_of", row_of, persistent=False)
-        self.rows = nn.Parameter(embedding.weight.detach()[self.ids].clone())  # (len(ids), C)
+        self.rows = nn.Parameter(wide(embedding.weight.detach()[self.ids]))  # (len(ids), C)
 
     def forward(self, ids):
         x = self.frozen(ids)  # (..., C)
@@ -182,9 +183,9 @@ def merged_weight(layer, how):
     if how == "simple":
         if isinstance(base, NF4Linear):
             raise ValueError("the simple merge needs the weights as they were before: load the base as floats")
-        weight = base.weight.bfloat16().to(base.weight.dtype)
+        weight = wide(base.weight.bfloat16())
     else:
-        weight = dequantize_nf4(base.quantized) if isinstance(base, NF4Linear) else base.weight
+        weight = dequantize_nf4(base.quantized) if isinstance(base, NF4Linear) else wide(base.weight)
     return weight + layer.scaling * layer.lora_B @ layer.lora_A if isinstance(layer, LoRALinear) else weight
 
 
@@ -204,6 +205,8 @@ def merge_lora(model, how="careful"):
         linear.weight = nn.Parameter(merged_weight(layer, how))
         linear.bias = base.bias
         model.replace(path, linear.train(layer.training))
+    for parameter in model.parameters():
+        parameter.data = wide(parameter.data)
     for name in model.token_matrices:
         tokens = model.get_submodule(name)
         if isinstance(tokens, TrainedTokens):

@@ -11,10 +11,10 @@ trained stands in pretrain.py and sft.py, how it speaks in generate.py. All that
 
     config (block_size, vocab_size, n_layer, n_head, n_kv_head, head_size, n_embd), device
     hidden(ids, cache), head(hidden), forward(ids), blocks
-    embedding, token_matrices      the matrix of token vectors; the names of all matrices with a row a token
-    linears(), replace(path, module), attention_paths       the blocks' linear layers, and whatever has taken their places
+    embedding, token_matrices, drop_head()      the matrix of token vectors; the names of all matrices with a row a token
+    linears(), replace(path, module), attention_paths, stacked       the blocks' linear layers, and what has taken their places
     hf_names()                     what its parameters are called in Hugging Face's files; it has no other tensors (buffers)
-    from_pretrained, save_pretrained, linear_paths      folders (checkpoints.FAMILIES names the class), the linears' paths
+    from_pretrained, shapes, save_pretrained, linear_paths      folders (checkpoints.FAMILIES names the class), the linears' paths
 """
 import functools
 import math
@@ -106,25 +106,40 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
+def wide(x):
+    """x as float32, where it has fewer bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class TokenMatrix(nn.Embedding):
     """A matrix (V, C) with a row a token: its vector where the token is read, and the direction of its logit where it
     is predicted. GPT-2 has one for both."""
+
+    def forward(self, ids):
+        return wide(super().forward(ids))
 
     def logits(self, hidden):
         """(..., C) -> (..., V), in float32 whatever autocast says: a network may give all tokens logits around -100
         (GPT-2 does), and bfloat16's three digits would put every probability off by up to a half."""
         with torch.autocast(hidden.device.type, enabled=False):
+            if self.weight.itemsize < 4:  # of a frozen base, as it was read
+                flat = hidden.float().reshape(-1, hidden.size(-1))  # (N, C)
+                return head.Logits.apply(flat, self.weight).view(*hidden.shape[:-1], -1)
             return F.linear(hidden.to(self.weight.dtype), self.weight)
 
 
 class Network(nn.Module):
     """What the two families share (this file and llama.py): how their parts are found, replaced and read."""
 
+    headless = False  # has it lost its head? (drop_head)
     stacked = {}  # {path of a linear layer: how many matrices lie on top of each other in its weight}
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+
+    def drop_head(self):
+        """For a network that shall only be read from, as a reward model: GPT-2's head is its token matrix and stays."""
 
     @property
     def device(self):
@@ -158,6 +173,8 @@ class Network(nn.Module):
     def head(self, hidden):
         """(..., C) -> logits (..., V), float32. Call it only on the positions that need logits: with GPT-2's vocabulary
         the head is a third of the compute of the small model and most of its memory."""
+        if self.headless:
+            raise UserError("this is a reward model, which has no head that could write: take the model it was made of")
         return self.get_submodule(self.token_matrices[-1]).logits(hidden)
 
     def forward(self, ids):
@@ -174,15 +191,18 @@ class Network(nn.Module):
         setattr(self.get_submodule(parent), child, module)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, dropout=0.0, attention_dropout=0.0, checkpointing=False, linear=None):
+    def from_pretrained(cls, name_or_folder, dropout=0.0, attention_dropout=0.0, checkpointing=False, linear=None,
+                        head=True):
         """A folder of the family (config.json, safetensors), or a public name.
 
-        Weights arrive one by one and as float32. linear: called with each linear layer of the blocks as soon as its
-        weights are there; what it returns takes the layer's place (quant.py: at no time all weights are floats).
+        Weights arrive one by one and as float32. linear: for a base that is not trained (hub.read_weights).
+        head: False leaves out a head of its own.
         Raises UserError where there is no such folder, or a model that is not of the family's architecture.
         """
         folder = hub.find(name_or_folder)
         model = cls.shapes(folder, dropout, attention_dropout, checkpointing)
+        if not head:
+            model.drop_head()
         return hub.read_weights(model, folder, linear)
 
     @classmethod

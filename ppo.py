@@ -35,7 +35,7 @@ import lora
 import reward as reward_model
 import sft
 import trainer
-from checkpoints import load, load_init, save_model
+from checkpoints import frozen_as, load, load_init, save_model
 from common import plots
 from common.errors import UserError
 from common.flags import Amount, Count, Positive, Share, TrainConfig, parse
@@ -48,7 +48,7 @@ from island import exam
 from island.world import Island
 from model import resize_vocab, token_logps
 from pretrain import load_mix, mix_step
-from quant import quantize_model
+from quant import freeze
 from reward import RewardModel
 
 # ---- the equations ---------------------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ def load_models(config, run):
         def reference():
             return lora.lora_off(policy)
     else:
-        frozen = load(config.init)
+        frozen = load(config.init, linear=freeze)
         resize_vocab(frozen, tok.vocab_size)
         frozen.to(run.device).eval().requires_grad_(False)
 
@@ -385,13 +385,11 @@ def start_value_model(policy, tok, config, run):
     """The reward model again, to be trained: it already knows good answers from bad. Where the reward is not one
     model's folder, or reads other tokens, the SFT model with a fresh head."""
     if trainer.is_finished(config.reward) and get_tokenizer(config.reward).special == tok.special:
-        value = RewardModel.from_pretrained(config.reward)
+        value = RewardModel.from_pretrained(config.reward, frozen_as(config))
     else:
-        value = RewardModel(load(config.init))
+        value = RewardModel(load(config.init, linear=frozen_as(config)))
         nn.init.zeros_(value.head.weight)  # it expects nothing until it has seen rewards
     resize_vocab(value.network, tok.vocab_size)
-    if config.nf4:
-        quantize_model(value.network)
     if config.lora_r:
         lora.add_lora(value.network, config.lora_r, config.lora_alpha, 0.0, config.lora_targets)
     return value.to(run.device)
@@ -497,7 +495,7 @@ def report(policy, tok, scorer, island, config, run):
     if picture:
         run.print(f"score against KL, as a picture: {picture}")
     if island:
-        start = load(config.init).to(run.device)
+        start = load(config.init, linear=freeze).to(run.device)
         before, after = (exam.preferences(model, tok, island, run, scorer=scorer) for model in (start, policy))
         run.print("\nanswers to what no conversation has mentioned, at temperature 1\n"
                   f"{'before':>58}{'after':>9}")

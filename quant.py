@@ -4,6 +4,8 @@
     dequantize   w' = CODEBOOK[code] * absmax_b,  so |w - w'| <= 0.1519036 * absmax_b
     linear       y = x W'^T + bias,  dL/dx = dL/dy W'.  W' is made anew in each of the two and never kept.
 
+The last line serves a frozen base that was published as bfloat16, too: half the memory of float32, and the same numbers.
+
     python quant.py                          the codebook, how it is derived, and its error on normal weights
     python quant.py out/base                 a checkpoint: bits per weight, error per layer, change in held-out loss
     python quant.py out/base --plot nf4.png  and the codebook drawn over the histogram of its weights
@@ -149,23 +151,28 @@ def dequantize_nf4(q, dtype=torch.float32):
 
 # ---- the frozen linear layer -----------------------------------------------------------------------------------------
 
-def _dequantized_rows(q, dtype):
-    """Yields (a slice of the rows, those rows of the weight W' (out, in)), piece after piece."""
+def _rows(q, dtype):
+    """An NF4Tensor, or a weight of another dtype -> yields (a slice of its rows, those rows of W' (out, in)), piece
+    after piece."""
+    if isinstance(q, torch.Tensor):
+        for rows, *_ in nf4.row_pieces(q.shape, q.shape[1], q.device):
+            yield rows, q[rows].to(dtype)
+        return
     absmax = q.block_absmax()
     for rows, packed, blocks in nf4.row_pieces(q.shape, q.block, q.packed.device):
         shape = torch.Size([rows.stop - rows.start, q.shape[1]])
         yield rows, dequantize_nf4(NF4Tensor(q.packed[packed], absmax[blocks], shape, q.block), dtype)
 
 
-class _NF4Matmul(torch.autograd.Function):
+class _FrozenMatmul(torch.autograd.Function):
     """y = x W'^T + bias for x (N, in). Autograd would keep W' for the backward pass, which would undo the saving: here
-    only the packed weight is kept, and W' is computed a second time."""
+    only what is stored is kept, and W' is computed a second time."""
 
     @staticmethod
     def forward(ctx, x, bias, q):
         ctx.q = q
         y = x.new_empty(x.size(0), q.shape[0])  # (N, out)
-        for rows, W in _dequantized_rows(q, x.dtype):
+        for rows, W in _rows(q, x.dtype):
             torch.mm(x, W.t(), out=y[:, rows])
         return y if bias is None else y.add_(bias)
 
@@ -173,23 +180,56 @@ class _NF4Matmul(torch.autograd.Function):
     def backward(ctx, grad):  # (N, out)
         need_x, need_bias, _ = ctx.needs_input_grad
         grad_x = grad.new_zeros(grad.size(0), ctx.q.shape[1]) if need_x else None  # (N, in)
-        for rows, W in _dequantized_rows(ctx.q, grad.dtype) if need_x else ():
+        for rows, W in _rows(ctx.q, grad.dtype) if need_x else ():
             grad_x = grad_x.addmm_(grad[:, rows], W)
         return grad_x, grad.sum(dim=0) if need_bias else None, None
 
 
-class NF4Linear(nn.Module):
-    """A frozen nn.Linear whose weight (out, in) is stored in NF4; the bias stays as it is, frozen too.
+class FrozenLinear(nn.Module):
+    """A frozen nn.Linear whose weight (out, in) stays in the dtype that its file has; the bias stays, frozen too.
 
     x (..., in) -> (..., out) of x's dtype. Under autocast the product is computed in autocast's dtype.
     """
 
-    def __init__(self, linear, block=64, double=True):
+    def __init__(self, linear):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
-        self.block = block
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        q = quantize_nf4(linear.weight, block, double)
+        self.store(linear.weight.detach())
+
+    def store(self, weight):
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    @property
+    def stored(self):
+        return self.weight
+
+    def forward(self, x):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        flat = x.to(dtype).reshape(-1, self.in_features)  # (N, in)
+        y = _FrozenMatmul.apply(flat, bias, self.stored)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)  # (..., out)
+
+
+def freeze(linear):
+    """For a base that is not trained: nn.Linear -> itself, or a FrozenLinear where its weight has fewer bits than what
+    it is multiplied with."""
+    return linear.requires_grad_(False) if linear.weight.itemsize >= 4 else FrozenLinear(linear)
+
+
+class NF4Linear(FrozenLinear):
+    """The same with its weight in NF4."""
+
+    bits = 4.5  # at most, of a weight in blocks of 64
+
+    def __init__(self, linear, block=64, double=True):
+        self.block, self.double = block, double
+        super().__init__(linear)
+
+    def store(self, weight):
+        q = quantize_nf4(weight, self.block, self.double)
         for name in ("packed", "absmax", "scale", "mean"):
             self.register_buffer(name, getattr(q, name))
 
@@ -202,17 +242,13 @@ class NF4Linear(nn.Module):
         return cls(linear, block, double)
 
     @property
+    def stored(self):
+        return self.quantized
+
+    @property
     def quantized(self):
         shape = torch.Size([self.out_features, self.in_features])
         return NF4Tensor(self.packed, self.absmax, shape, self.block, self.scale, self.mean)
-
-    def forward(self, x):
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        flat = x.to(dtype).reshape(-1, self.in_features)  # (N, in)
-        y = _NF4Matmul.apply(flat, bias, self.quantized)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)  # (..., out)
 
     def _apply(self, fn, recurse=True):
         """.to(device) moves the weight; .bfloat16() and the like must not round its scales."""

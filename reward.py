@@ -33,6 +33,7 @@ from data.pairs import NOTHING_HELD, RankedConfig, answered, choose_pairs, load_
 from data.tokenizer import fit, get_tokenizer
 from island.words import FLATTERY
 from island.world import Island
+from quant import freeze
 
 TOO_WEAK = 0.70  # below this share of held-out pairs, reinforcement learning would mostly learn the model's mistakes
 
@@ -69,6 +70,7 @@ class RewardModel(nn.Module):
 
     def __init__(self, network):
         super().__init__()
+        network.drop_head()
         self.network = network
         self.head = nn.Linear(network.config.n_embd, 1, device=network.device)
         # Stiennon et al. 2020: scores start with a variance of about 1, whatever the width
@@ -97,9 +99,10 @@ class RewardModel(nn.Module):
         self.network.save_pretrained(folder, extra=self.head_tensors())
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """A folder that reward.py wrote; an adapter is merged into its base. Raises UserError where it has no head."""
-        model, tensors = cls(load(folder)), read_head(folder)
+    def from_pretrained(cls, folder, linear=None):
+        """A folder that reward.py wrote; an adapter is merged into its base. linear: as checkpoints.load. Raises
+        UserError where it has no head."""
+        model, tensors = cls(load(folder, linear=linear)), read_head(folder)
         for name, parameter in model.head.named_parameters():
             parameter.data.copy_(tensors[name])
         return model
@@ -199,7 +202,7 @@ def load_rewards(spec, run, micro_tokens=16384):
             weight = float(weight)
         except ValueError:
             raise UserError(f"{spec}: {weight!r} is no number: write a sum as in 0.7*out/helpful+0.3*out/simple")
-        models.append((weight, RewardModel.from_pretrained(folder).to(run.device), get_tokenizer(folder)))
+        models.append((weight, RewardModel.from_pretrained(folder, freeze).to(run.device), get_tokenizer(folder)))
 
     def scorer(conversations):
         each = [score(model, tok, conversations, run, micro_tokens) for _, model, tok in models]

@@ -28,7 +28,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "gene
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".inv_freq")  # no parameters: old versions of transformers wrote them too
 
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # what safetensors calls the dtypes that weights may have
+FLOATS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}  # what safetensors calls the dtypes that weights may have: bits
 DEEPEST, LARGEST = 2 ** 10, 2 ** 24  # layers, and any other size: beyond is no model but a damaged config.json
 
 
@@ -181,7 +181,9 @@ def check_weights(network, folder, read, linear=None):
         if shape[::-1 if transposed else 1] != tuple(parameter.shape):
             raise UserError(f"{folder}: {theirs} has shape {shape}, but config.json says "
                             f"{tuple(parameter.shape)[::-1 if transposed else 1]}: the two files are not of one model")
-        bits = getattr(linear, "bits", 32) if ours.rpartition(".")[0] in network.linear_paths else 32
+        bits = min(32, FLOATS[dtype]) if linear and parameter.dim() == 2 else 32  # as read_weights has it
+        if ours.rpartition(".")[0] in network.linear_paths and parameter.dim() == 2:
+            bits = getattr(getattr(linear, "func", linear), "bits", bits)  # functools.partial keeps it in func
         needed += parameter.numel() * bits / 8
     free = free_memory()
     if free is not None and needed > free:
@@ -193,8 +195,9 @@ def read_weights(network, folder, linear=None):
     """Fills a network that was made of shapes only (the meta device) from its folder, a tensor at a time, float32 ->
     network.
 
-    linear: called with each linear layer of the blocks as soon as it is filled; what it returns takes the layer's
-    place. Its `bits`, where it has them, is what a weight takes then.
+    linear: for a base that is not trained, whose matrices stay in the dtype of the file. Called with each linear layer
+    of the blocks as soon as it is filled; what it returns takes the layer's place (quant.freeze, or quant.NF4Linear:
+    at no time all weights are floats). Its `bits`, where it has them, are what a weight takes then.
     """
     (read, there), names = open_weights(folder), network.hf_names()
     check_weights(network, folder, read, linear)
@@ -204,7 +207,9 @@ def read_weights(network, folder, linear=None):
         module = network.get_submodule(path)
         for name, _ in list(module.named_parameters(recurse=False)):
             theirs, transposed = names[f"{path}.{name}"]
-            tensor = read(theirs).float()
+            tensor = read(theirs)
+            if linear is None or tensor.dim() < 2 or tensor.itemsize > 4:
+                tensor = tensor.float()
             setattr(module, name, nn.Parameter(tensor.t().contiguous() if transposed else tensor.clone()))
         if linear is not None and path in network.linear_paths:
             network.replace(path, linear(module))

@@ -288,7 +288,7 @@ def bench_ppo(args):
 
 def our_generate(folder):
     inputs, run = read_folder(folder)
-    model = load(folder).to(run.device)
+    model = load(folder, linear=quant.freeze).to(run.device)
 
     def answers():
         with run.autocast():

@@ -25,6 +25,7 @@ from island import exam
 from island.exam import MEASURES
 from island.world import Island, plain_words
 from model import token_logps
+from quant import freeze
 from sft import make_examples
 
 
@@ -267,7 +268,7 @@ def evaluate_choices(config, run):
     dev = choice.load_questions(config.examples, least=1, say=run.print) if config.examples else None
     results, rows = {}, []
     for folder in config.folders:
-        model, tok = load(folder).to(run.device).eval(), get_tokenizer(folder)
+        model, tok = load(folder, linear=freeze).to(run.device).eval(), get_tokenizer(folder)
         results[folder] = [{"file": path} | row for path, questions in sets.items()
                            for row in choice.evaluate(model, tok, questions, run, shots, dev, config.micro_tokens)]
         for row in results[folder]:

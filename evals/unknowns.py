@@ -33,6 +33,7 @@ from island.world import Island, names, says_unknown
 from island.words import UNKNOWN
 from data.tokenizer import get_tokenizer
 from generate import ask
+from quant import freeze
 from common.disk import writing
 from common.errors import UserError
 from common.flags import Amount, Count, DType, Positive, parse
@@ -153,7 +154,7 @@ def checked(config):
 def main(config):
     folder, = checked(config).checkpoint
     run = trainer.start(config)
-    model, tok = load(folder).to(run.device), get_tokenizer(folder)
+    model, tok = load(folder, linear=freeze).to(run.device), get_tokenizer(folder)
     rows, others, right = load_questions(config, run.print)
     answers, counts = probe(model, tok, rows, run, right, config.tries, config.temperature, config.seed,
                             config.max_new_tokens)

@@ -352,7 +352,7 @@ def test_gradients_by_finite_differences():
     layer, _ = pair(10, 6)
     layer.bias = nn.Parameter(normal(6).double())  # the bias may be trained
     x = normal(3, 10).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, bias: quant._NF4Matmul.apply(x, bias, layer.quantized), (x, layer.bias))
+    assert torch.autograd.gradcheck(lambda x, bias: quant._FrozenMatmul.apply(x, bias, layer.quantized), (x, layer.bias))
     assert torch.autograd.gradgradcheck(lambda x: layer(x).square(), (x,))
 
 
