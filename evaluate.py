@@ -16,7 +16,7 @@ from pathlib import Path
 
 import trainer
 from common.errors import UserError
-from common.flags import Amount, Count, DType, Positive, Probability, parse
+from common.flags import Amount, Count, DType, Positive, Probability, Seed, parse
 from common.disk import on_disk
 from evals import measure, results, story
 
@@ -45,7 +45,7 @@ class Config:
     out: str = ""  # folder for numbers, answers and pictures; empty: out/evaluate
     batch_size: Positive = 32  # answers generated at a time
     micro_tokens: Positive = 16384  # padded tokens in one forward pass
-    seed: int = 0  # of everything random
+    seed: Seed = 0  # of everything random
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: DType = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
 

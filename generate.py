@@ -17,7 +17,7 @@ import torch
 import trainer
 from checkpoints import load, load_to_ask
 from common.errors import UserError
-from common.flags import Amount, Count, DType, Positive, Probability, TrainConfig, parse
+from common.flags import Amount, Count, DType, Positive, Probability, Seed, TrainConfig, parse
 from data.shapes import says
 from data.tokenizer import fit, get_tokenizer
 from model import Cache
@@ -188,7 +188,7 @@ class Config:
     temperature: Amount = 0.8  # below 1 likely words become likelier; 0: always the likeliest
     top_p: Probability = 1.0  # sample from the fewest tokens that reach this probability together; 1: from all
     top_k: Count = 0  # sample from this many of the likeliest tokens; 0: from all
-    seed: int = 0  # of the sampling
+    seed: Seed = 0  # of the sampling
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: DType = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
 

@@ -9,7 +9,6 @@ the hub. What has been fetched stays in a .part file beside it, and the next run
 Range). The hub tells the size of every file and the SHA-256 of every large one, so both are checked; a file gets its
 name only when they are right.
 """
-import argparse
 import fnmatch
 import hashlib
 import http.client
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from common.disk import on_disk
 from common.errors import UserError, end_politely
+from common.flags import Parser
 
 WAITS = (1, 2, 4)  # seconds before the next try; as soon as a try gets further than the one before, it begins anew
 PATIENCE = 30  # seconds without a byte
@@ -241,7 +241,7 @@ def hub_file(dataset, name, cache=None, say=print):
 
 
 def main():
-    parser = argparse.ArgumentParser("python -m common.download",
+    parser = Parser("python -m common.download",
                                      description="Fetches a file into the cache and prints where it lies.")
     parser.add_argument("source", help="an address (https://...) or the name of a data set on the Hugging Face hub")
     parser.add_argument("files", nargs="?", help="which of the data set's files, as in data/train-*; none: list them")

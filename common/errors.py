@@ -1,5 +1,6 @@
 """A user's mistake ends in one sentence, never in a traceback."""
 import contextlib
+import errno
 import os
 import sys
 
@@ -23,6 +24,20 @@ def reading(path, cure="copy or download it again"):
         raise UserError(f"{path} is damaged ({' '.join(repr(error).split())[:200]}): {cure}") from None
 
 
+def nothing_of_ours(error):
+    """A sentence about what is no bug wherever it happens: a name that no disk takes, and memory; "" for the rest."""
+    said = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{str(error.filename)[:60]}... cannot be the name of a file ({error.strerror}): choose another one"
+    if isinstance(error, RuntimeError) and "home directory" in said:  # of Path.expanduser
+        return f"a name that begins with ~ and no user of this machine ({said}): write the whole path"
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (
+            "not enough memory" in said or "can't allocate memory" in said or "out of memory" in said):
+        return (f"the memory is full ({' '.join((said or 'MemoryError').split())[:120]}): close other programs, or take a smaller "
+                "model, --micro-tokens or --batch-size, or --lora-r with --nf4")
+    return ""
+
+
 def end_politely():
     """Called where a script begins: Ctrl-C and a closed pipe (`| head`) end it without a traceback."""
     traceback = sys.excepthook
@@ -32,6 +47,8 @@ def end_politely():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         elif issubclass(kind, KeyboardInterrupt):
             print("stopped by Ctrl-C", file=sys.stderr)
+        elif sentence := nothing_of_ours(error):
+            print(sentence, file=sys.stderr)
         else:
             traceback(kind, error, trace)
 

@@ -6,7 +6,6 @@ shows how a file was understood. Endings: .jsonl, .json (an array, one object pe
 .csv, .tsv, .txt (documents separated by blank lines), each also with .gz; .parquet where pyarrow is installed. What the
 rows may look like, and the four forms that are made of them, stands in shapes.py.
 """
-import argparse
 import codecs
 import gzip
 import io
@@ -21,6 +20,7 @@ from data import cells
 from data.cells import LIMIT
 from data.shapes import BAD_ANSWER, FORMS, NEEDS, SHAPES, BadRow, WrongForm, finished, parts, plant, recognise, shown
 from common.errors import UserError, end_politely
+from common.flags import Count, Parser, bounded
 
 
 # ---- files: every ending becomes (row number, raw row or BadRow) ----
@@ -405,16 +405,16 @@ def subject(row):
 
 
 def main():
-    parser = argparse.ArgumentParser("python -m data.files", description="Shows how a file of examples is understood.")
+    parser = Parser("python -m data.files", description="Shows how a file of examples is understood.")
     parser.add_argument("file")
     parser.add_argument("--want", choices=FORMS, default="sft", help="the form to make of it")
     parser.add_argument("--merge-system", action="store_true", help="fold the system prompt into the first user turn")
     parser.add_argument("--score", default="score", help="the number that ranks an answer")
-    parser.add_argument("--show", type=int, default=3, help="how many rows to print")
+    parser.add_argument("--show", type=bounded(Count), default=3, help="how many rows to print")
     args = parser.parse_args()
     rows, report = load(args.file, args.want, args.merge_system, args.score)
     print(report)
-    for row in rows[:max(args.show, 0)]:
+    for row in rows[:args.show]:
         print("\n" + json.dumps(row, indent=2))  # escaped, so that tabs, newlines and look-alikes can be seen
 
 

@@ -236,16 +236,15 @@ def _from_folder(folder, template):
 
 
 if __name__ == "__main__":
-    import argparse
-
+    from common.flags import Count, Parser, bounded
     from data import files
 
-    parser = argparse.ArgumentParser("python -m data.tokenizer", description="Shows conversations as a model reads them: "
+    parser = Parser("python -m data.tokenizer", description="Shows conversations as a model reads them: "
                                      "what it must produce is green, special tokens by name.")
     parser.add_argument("tokenizer", help="tiny, gpt2, a rank file or a folder")
     parser.add_argument("file", help="conversations, in any shape that python -m data.files reads")
     parser.add_argument("--template", choices=[*TEMPLATES, "own"], help="the chat format; none: as the folder says")
-    parser.add_argument("--show", type=int, default=3, help="how many to print")
+    parser.add_argument("--show", type=bounded(Count), default=3, help="how many to print")
     args = parser.parse_args()
     tok = get_tokenizer(args.tokenizer, args.template)
     stops = ", ".join(tok.show([i], [0]) for i in sorted(tok.stops))
