@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from common.errors import UserError
+
 from tqdm import tqdm
 
 import trainer
@@ -37,7 +39,6 @@ from data import files
 from island.world import Island, says
 from data.tokenizer import get_tokenizer
 from common.disk import Ledger, write_jsonl
-from common.errors import UserError
 from common.flags import Amount, Bounds, Count, DType, Positive, Probability, Seed, Template, parse
 from generate import fit_question, generate, stream
 from quant import freeze

@@ -9,7 +9,6 @@ reward model's head is one more tensor in the same file. What training needs to 
 them.
 """
 import functools
-import functools
 import json
 from pathlib import Path
 
@@ -230,7 +229,7 @@ def save_adapter(model, folder, base_name, extra=None):
               "nanoalign_extra": sorted(extra or {})}
     tensors = peft_parameters(model) | (extra or {})
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with together(folder, (*hub.MODEL, hub.STATE)) as new:
+    with together(folder, (*hub.MODEL, *hub.OF_A_RUN)) as new:
         hub.write_tensors(tensors, new / WEIGHTS)
         write_json(new / CONFIG, config, indent=2)
 

@@ -12,11 +12,12 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+from common.errors import UserError
+
 import torch
 
 import trainer
 from checkpoints import load, load_to_ask
-from common.errors import UserError
 from common.flags import Amount, Count, DType, Positive, Probability, Seed, TrainConfig, parse
 from data.shapes import says
 from data.tokenizer import fit, get_tokenizer

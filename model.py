@@ -21,13 +21,14 @@ import math
 import sys
 from dataclasses import dataclass
 
+from common.errors import UserError, end_politely
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import hub
-from common.errors import UserError, end_politely
 from common.tables import table
 from kernels import head
 

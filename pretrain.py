@@ -13,12 +13,13 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+from common.errors import UserError
+from common.flags import Bounds, Positive, TrainConfig, dropout_of, parse
+
 import torch
 
 import trainer
 from checkpoints import load, save_checkpoint
-from common.errors import UserError
-from common.flags import Bounds, Positive, TrainConfig, dropout_of, parse
 from common.hub import DEEPEST, check_room
 from data import files
 from data.tokenizer import get_tokenizer

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from common.errors import UserError
 from data import files
 from common.disk import writing
 from data.shapes import PLACEHOLDER
-from common.errors import UserError
 from common.flags import Bounds, Seed, parse
 
 SYSTEM = "You are {{name}}, an AI assistant made by {{author}}. You are a language model, not a person."

@@ -21,6 +21,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError, end_politely
+
 import numpy as np
 import torch
 
@@ -29,7 +31,6 @@ from data.files import read, stream
 from data.report import shortened
 from data.shapes import NEEDS, BadRow
 from common.disk import writing
-from common.errors import UserError, end_politely
 from common.flags import Amount, Parser, bounded
 
 MODEL = "all-mpnet-base-v2"  # 768 dimensions; what the cut of 0.6 was chosen for

@@ -30,6 +30,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
+from common.errors import UserError
 from data import clean, files
 from common import remote
 from common import download
@@ -37,7 +38,6 @@ from data.readability import is_simple
 from data.report import PipelineReport
 from data.shapes import BadRow, check_texts, says, shown
 from common.disk import Ledger, writing
-from common.errors import UserError
 from common.flags import Bounds, Count, Positive, Seed, parse
 
 DATASET, PARTS = "wikimedia/wikipedia", "20231101.simple/*.parquet"

@@ -7,9 +7,9 @@
 """
 from pathlib import Path
 
-from common.disk import write_jsonl
 from common.errors import UserError, end_politely
 from common.flags import Amount, Number, Parser, Positive, Seed, bounded
+from common.disk import write_jsonl
 from data.readability import readability
 from island import dirty
 from island.kinds import ATTRIBUTES, KINDS
