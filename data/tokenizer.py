@@ -22,7 +22,7 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
-from common.errors import UserError, end_politely
+from common.errors import UserError, end_politely, reading
 
 import tiktoken
 
@@ -242,7 +242,6 @@ def _from_folder(folder, template):
 
 
 if __name__ == "__main__":
-    from common.errors import end_politely
     from common.flags import Count, Parser, bounded
     from data import files
 
