@@ -20,6 +20,7 @@ import torch
 
 import trainer
 from checkpoints import load, save_checkpoint
+from common.waits import bar
 from common.hub import DEEPEST, check_room
 from data import files
 from data.tokenizer import get_tokenizer
@@ -65,7 +66,8 @@ def text_loss(model, stream, run, rows=32):
     windows = stream[:len(stream) // length * length].view(-1, length)  # (contexts, length)
     model.eval()
     with run.autocast():
-        losses = [next_token_loss(model, part.to(run.device)).item() * len(part) for part in windows.split(rows)]
+        losses = [next_token_loss(model, part.to(run.device)).item() * len(part)
+                  for part in bar(windows.split(rows), "held-out loss")]
     model.train()
     return sum(losses) / len(windows)
 
@@ -92,6 +94,9 @@ def mix_step(model, text, step, config, run):
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------
+
+NEEDS, COSTS = {}, (0.25, 300, 10)  # what must be there before; what a run costs (common/waits.py)
+
 
 @dataclass
 class Config(TrainConfig):
@@ -146,6 +151,7 @@ def new_model(config, vocab_size):
 
 def main(config):
     run = trainer.start(config)
+    trainer.prepare(config, run)
     tok = get_tokenizer(config.tokenizer or config.init, config.template or None)
     train, held = load_text(config, tok)
     torch.manual_seed(config.seed)
