@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from common.errors import UserError
+from common.errors import UserError, visible
 
 from tqdm import tqdm
 
@@ -54,7 +54,7 @@ COMMANDS = {"/reset": "begins a new conversation",
 
 def note(text):
     """A line about the chat, not of it: a pipe carries answers only."""
-    tqdm.write(str(text), file=sys.stderr)  # above a bar, where there is one
+    tqdm.write(visible(text), file=sys.stderr)  # above a bar, where there is one
 
 
 # ---- one checkpoint --------------------------------------------------------------------------------------------------
@@ -171,9 +171,9 @@ class Chat:
                 print(f"[{speaker.folder}]")
             messages = with_system(speaker.turns + [says("user", question)], self.system)
             seed = self.config.seed * 1_000_003 + self.asked
-            read, answer = speaker.reply(messages, seed, lambda text: print(text, end="", flush=True), self.terminal)
+            read, answer = speaker.reply(messages, seed, lambda text: print(visible(text), end="", flush=True), self.terminal)
             if self.island:
-                print(f"{self.marks(read, answer)}\n", flush=True)
+                print(f"{visible(self.marks(read, answer))}\n", flush=True)
 
     def toggle_marks(self):
         if self.island:

@@ -12,7 +12,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
-from common.errors import UserError
+from common.errors import UserError, visible
 
 import torch
 
@@ -210,7 +210,7 @@ def main(config):
     with run.autocast():
         for ids in generate(model, [prompt] * config.n, config.max_new_tokens, config.temperature, config.top_p, config.top_k,
                             tok.stops, config.seed):
-            print(f"{text}{tok.decode(ids)}")
+            print(visible(f"{text}{tok.decode(ids)}"))
     run.print(f'next: python chat.py {folder}, or another --seed')
 
 

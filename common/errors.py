@@ -2,9 +2,19 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 from pathlib import Path
+
+
+# Control characters, but for tab and newline, and marks that turn text around: a terminal obeys them
+COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text):
+    """Text that is not ours (a model's, a file's, a server's), as it is shown: what would command the terminal is spelled."""
+    return COMMANDS.sub(lambda found: repr(found[0])[1:-1], str(text))
 
 
 class UserError(SystemExit):
@@ -13,6 +23,9 @@ class UserError(SystemExit):
     A SystemExit, so that any script that lets it pass prints the sentence and stops with status 1, and no
     `except Exception` on the way swallows it. A traceback is for bugs.
     """
+
+    def __init__(self, sentence):
+        super().__init__(visible(sentence))
 
 
 @contextlib.contextmanager

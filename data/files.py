@@ -16,7 +16,8 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import UserError, end_politely
+from common.errors import UserError, end_politely, visible
+from common.hub import free_memory
 from data import cells
 from data.cells import LIMIT
 from data.shapes import BAD_ANSWER, FORMS, NEEDS, SHAPES, BadRow, WrongForm, finished, parts, plant, recognise, shown
@@ -29,6 +30,7 @@ MAGIC = [(b"\x1f\x8b", "is gzip-compressed: add .gz to its name"), (b"PK\x03\x04
          (b"PAR1", "is a parquet file: let its name end in .parquet"),
          (codecs.BOM_UTF16_LE, "is UTF-16: save it as UTF-8"),
          (codecs.BOM_UTF16_BE, "is UTF-16: save it as UTF-8"),
+         (b"\0\0", "begins with NUL bytes, so it is no text: download it again"),
          (b"version https://git-lfs", "is a Git LFS pointer, not the data: run git lfs pull")]
 
 
@@ -64,6 +66,8 @@ def read_rows(path):
         raise UserError(f"{path} is a directory: name one file in it.")
     if not path.exists():
         raise UserError(f"{path} does not exist: check the path.")
+    if not path.is_file():
+        raise UserError(f"{path} is a pipe or a device: save what comes out of it as a file first.")
     if ending not in readers:
         raise UserError(f"{path}: the ending {ending or '(none)'} is unknown: use .jsonl, .json, .csv, .tsv or .txt "
                         "(each also with .gz), or .parquet.")
@@ -105,7 +109,12 @@ def read_json(path):
                 yield number, parsed(line)
         return
     with open_bytes(path) as stream:
-        text = stream.read().decode("utf-8", "surrogateescape")
+        most = (free_memory() or 2 ** 33) // 8  # what becomes of it takes several times its size
+        text = stream.read(most + 1)
+        if len(text) > most:
+            raise UserError(f"{path} is over {most / 1e9:.2g} GB (unpacked), too large to be read whole: write one object per "
+                            "line as .jsonl.")
+        text = text.decode("utf-8", "surrogateescape")
     if not text.strip():
         return
     try:
@@ -151,9 +160,14 @@ def read_csv(path):
 def read_txt(path):
     """Documents separated by blank lines; line ends become newlines."""
     with open_text(path, newline=None) as stream:
-        documents = itertools.groupby(stream, key=lambda line: bool(line.strip()))
+        pieces = iter(lambda: stream.readline(LIMIT + 1), "")
+        documents = itertools.groupby(pieces, key=lambda piece: bool(piece.strip()))
         for number, document in enumerate((group for full, group in documents if full), 1):
-            yield number, {"text": "".join(document).removesuffix("\n")}
+            text = ""
+            for piece in document:
+                text += piece if len(text) <= LIMIT else ""
+            whole = {"text": text.removesuffix("\n")}
+            yield number, whole if len(text) <= LIMIT else BadRow("document over 10 MB")
 
 
 def read_parquet(path):
@@ -182,6 +196,7 @@ CURES = {
     "not valid CSV": "double the quotes inside of a cell in quotes",
     "not valid JSON": "write one JSON object per line",
     "line over 10 MB": "write one example per line",
+    "document over 10 MB": "put blank lines between documents",
     "a tool's turn": "tool use is not supported, so remove those conversations",
     "unknown role": "use system, user and assistant",
 }
@@ -217,9 +232,9 @@ class FileReport:
         self.notes[what] = (count + 1, first, example)
 
     def __str__(self):
-        return self.counts() + "".join(
+        return visible(self.counts() + "".join(
             f"\n  look: {what} ({count:,} row{'s' * (count != 1)}, first: row {first:,}{example and ', ' + example})"
-            for what, (count, first, example) in self.notes.items())
+            for what, (count, first, example) in self.notes.items()))
 
     def counts(self):
         shapes = ", ".join(self.shapes if len(self.shapes) == 1 else (f"{k} {n:,}" for k, n in self.shapes.items()))

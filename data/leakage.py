@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError, end_politely
+from common.errors import UserError, end_politely, visible
 
 import numpy as np
 import torch
@@ -202,7 +202,7 @@ def main():
     questions = [questions_of(path) for path in paths]
     train, *validation, test = (list(found.values()) for found in questions)
     found = remove_leaks(train, validation[0] if validation else [], test, args.cut, args.model)
-    print(found)
+    print(visible(found))
     if args.out:
         gone = {paths[0]: found.train, paths[-1]: found.test}
         write_rest({path: {number for number, leak in zip(rows, gone.get(path, ())) if leak}

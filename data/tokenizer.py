@@ -22,7 +22,7 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
-from common.errors import UserError, end_politely, reading
+from common.errors import UserError, end_politely, reading, visible
 
 import tiktoken
 
@@ -165,7 +165,7 @@ class Tokenizer:
 
     def show(self, ids, mask):
         """The text of ids for a terminal: green where the mask is 1, grey where it is 0, special tokens by name."""
-        pieces = [self._names.get(i) or self.engine.decode_more([i]) for i in ids]
+        pieces = [visible(self._names.get(i) or self.engine.decode_more([i])) for i in ids]
         return "".join(f"\033[{32 if m else 90}m{piece}\033[0m" for piece, m in zip(pieces, mask, strict=True))
 
     def save(self, folder):
