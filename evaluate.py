@@ -33,10 +33,11 @@ class Config:
     max_new_tokens: Positive = 512  # longest answer to your data; at most half the model's context
     temperature: Amount = 0.0  # of answers to your data and for a judge; 0: greedy (the island's table: always 1)
     top_p: Probability = 1.0  # of answers to your data: sample from the likeliest tokens that reach it together
-    choices: str = ""  # multiple choice: quiz (the island's), or files in the shape of ARC, HellaSwag, MMLU, TruthfulQA
+    choices: str = ""  # multiple choice: quiz (the island's), or files: ARC, HellaSwag, MMLU, PIQA, TruthfulQA, WinoGrande
     shots: str = "0"  # multiple choice: examples before each question; leaderboard: 25, 10, 5 and 6, as it counted
     examples: str = ""  # multiple choice: the file that the examples are from; empty: the questions' own
     judge: str = ""  # gold, a reward model's folder, or http://address/v1#model (key: OPENAI_API_KEY)
+    judge_prompts: str = ""  # what a judge at an address is asked, in place of ours: FastChat's judge_prompts.jsonl
     judge_reference: bool = False  # show the judge the answers in your data as right ones
     bert_score: bool = False  # BERTScore of answers to your data too (needs pip install bert-score and a network)
     n: Positive = 400  # questions about the island, for its table, its quiz and its judge
