@@ -23,6 +23,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from tests import crafted
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "robust.md"
 OUTCOMES = ("fine", "sentence", "traceback", "hang", "silent", "lost", "left", "other")
@@ -237,7 +239,7 @@ def outs(folder):
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-CAMPAIGNS = {campaign.__name__: campaign for campaign in (kills, disk_full, outs)}
+CAMPAIGNS = {campaign.__name__: campaign for campaign in (kills, disk_full, outs, crafted.configs, crafted.bombs, crafted.flags)}
 HEAD = f"| campaign | what is tried | cases | {' | '.join(OUTCOMES)} | when |\n|---|---|{'---:|' * (len(OUTCOMES) + 1)}---|\n"
 
 

@@ -5,6 +5,7 @@ import copy
 import gzip
 import json
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -13,14 +14,14 @@ import time
 import traceback
 from pathlib import Path
 
-import numpy as np
 import torch
+from safetensors import safe_open
 
 import evaluate  # noqa: F401  imports all that a case will need
 import chat  # noqa: F401
 import llama
 from checkpoints import load, save_adapter
-from common.errors import UserError, end_politely
+from common.errors import end_politely
 from data.tokenizer import get_tokenizer
 from lora import add_lora
 from model import GPT, GPTConfig
@@ -122,7 +123,6 @@ def made(folder):
     llama.Llama(llama.like_gpt(**SIZE)).save_pretrained(folder / "llama")
     shutil.copytree(folder / "gpt2", folder / "shards")
     os.rename(folder / "shards" / "model.safetensors", folder / "shards" / "model-00001-of-00001.safetensors")
-    from safetensors import safe_open
     with safe_open(folder / "shards" / "model-00001-of-00001.safetensors", "pt") as file:
         names = {name: "model-00001-of-00001.safetensors" for name in file.keys()}
     (folder / "shards" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
@@ -172,10 +172,10 @@ def uses(folder, data, out):
                                   "--sample-every", 0, "--eval-every", 0, "--out", out, *small)}
 
 
-def configs(folder, every=1, only=None):
+def configs(folder, every=7, only=None):
     """Each single value of config.json (GPT-2, Llama), tokenizer.json, tokenizer_config.json, generation_config.json,
-    adapter_config.json and an index, left out or replaced by each of two dozen others: read, and where it can be read,
-    chatted with, measured and trained."""
+    adapter_config.json and an index, left out or replaced by each of two dozen others, of these every seventh: read, and
+    where it can be read, chatted with, measured and trained."""
     data = folder / "rows.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": f"question {i}?", "completion": f"yes, {i}"}) for i in range(12)))
     count = 0
@@ -197,3 +197,78 @@ def configs(folder, every=1, only=None):
                         yield f"{case}: {use}", *act()
                     shutil.rmtree(folder / "out", ignore_errors=True)
             path.write_bytes(before)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+def bombs(folder, megabytes=1000):
+    """A gigabyte of zeros, of spaces and of one letter as .jsonl.gz, .json.gz, .csv.gz, .tsv.gz and .txt.gz; lines of 50 MB;
+    a pipe, a device, a folder and what the ending does not say: read as conversations, questions and text, in 3 GB."""
+    for filler in (b"\0", b" ", b"x"):
+        packed = gzip.compress(filler * 2 ** 20)
+        for ending in ("jsonl", "json", "csv", "tsv", "txt"):
+            path = folder / f"bomb.{ending}.gz"
+            with open(path, "wb") as file:
+                for _ in range(megabytes):
+                    file.write(packed)
+            for want in ("sft", "text"):
+                yield f"{path.name} of {filler}, {want}", *script("data.files", path, "--want", want)
+            path.unlink()
+    rows = {"jsonl": '{"prompt": "q", "completion": "%s"}\n', "json": '[{"prompt": "q", "completion": "%s"}]', "txt": "%s\n\nmore\n",
+            "csv": "prompt,completion\nq,%s\n"}
+    for ending, row in rows.items():
+        path = folder / f"line.{ending}"
+        path.write_text(row % ("x" * 50_000_000))
+        for want in ("sft", "prompts", "text"):
+            yield f"a line of 50 MB, {path.name}, {want}", *script("data.files", path, "--want", want)
+        path.unlink()
+    os.mkfifo(folder / "pipe.jsonl")
+    os.symlink("/dev/zero", folder / "zero.csv")
+    (folder / "folder.txt").mkdir()
+    (folder / "gzip.jsonl").write_bytes(gzip.compress(b"{}"))
+    (folder / "plain.jsonl.gz").write_text("{}")
+    (folder / "cut.csv.gz").write_bytes(gzip.compress(b"prompt,completion\n" * 10_000)[:-20])
+    (folder / "deep.json").write_text("[" * 100_000)
+    (folder / "number.json").write_text("9" * 100_000)
+    for path in sorted(folder.iterdir()):
+        yield path.name, *script("data.files", path)
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+NUMBERS = ("-1", "-5", "0", "1e308", "-1e308", "nan", "inf", "9" * 30, "1000000000", "4096", "x", "", "2.5", "0x10", "1_000")
+WORDS = ("", "x", "x" * 300, "~nobody/x", "--data", "--no-such-flag", "/dev/null", "/proc/x", "a\nb", "gold", "\x1b[2J", "é" * 200, "0,1", ",")
+
+
+def flags(folder, every=5):
+    """Every flag of sixteen commands with numbers that are negative, nothing, huge or no numbers, and with words that are
+    names of 300 characters, of nobody's folder, of devices, or look like flags; of these every fifth."""
+    made(folder)
+    pairs, text, talks = folder / "pairs.jsonl", folder / "text.jsonl", folder / "talks.jsonl"
+    pairs.write_text("\n".join(json.dumps({"prompt": f"q {i}?", "chosen": f"yes {i}", "rejected": "no"}) for i in range(20)))
+    talks.write_text("\n".join(json.dumps({"prompt": f"q {i}?", "completion": f"yes {i}"}) for i in range(20)))
+    text.write_text("\n".join(json.dumps({"text": f"{i} hens sat in a tree. " * 9}) for i in range(20)))
+    model, out = folder / "gpt2", folder / "out"
+    small = ["--device", "cpu", "--dtype", "float32", "--out", out]
+    steps = ["--steps", 1, "--batch-size", 2, *small]
+    commands = {
+        "pretrain.py": ["--data", text, "--n-layer", 1, "--n-embd", 16, "--block-size", 32, *steps],
+        "sft.py": ["--data", talks, "--init", model, "--mix", 0, *steps],
+        "reward.py": ["--data", pairs, "--init", model, *steps], "dpo.py": ["--data", pairs, "--init", model, *steps],
+        "ppo.py": ["--data", talks, "--init", model, "--reward", "readability", "--max-new-tokens", 4, *steps],
+        "chat.py": [model, "--max-new-tokens", 4, *small[:4]], "generate.py": [model, "Once", "--max-new-tokens", 4, *small[:4]],
+        "evaluate.py": [model, "--data", talks, "--max-new-tokens", 4, *small], "lora.py": ["--adapter", folder / "adapter", "--out", out],
+        "evals.unknowns": [model, "--data", talks, "--max-new-tokens", 4, "--tries", 1, "--out", folder / "idk.jsonl"],
+        "data.identity": ["--data", talks, "--out", folder / "identity.jsonl"], "data.files": [talks], "data.clean": [text],
+        "data.leakage": [talks, talks], "quant.py": [model], "island": ["--ask", "What does Mabel eat?"]}
+    count = 0
+    for command, words in commands.items():
+        usage = script(command, "--help")[1]
+        for flag in dict.fromkeys(re.findall(r"^  (?:-\w, )?(--[a-z][\w-]*) ([A-Z{]\S*)", usage, re.MULTILINE)):
+            name, kind = flag
+            for value in NUMBERS if kind in ("INT", "FLOAT") else WORDS:
+                count += 1
+                if count % every:
+                    continue
+                yield f"{command} {name} {value[:20]!r}", *script(command, *words, name, value, stdin="Who are you?\n")
+                shutil.rmtree(out, ignore_errors=True)
