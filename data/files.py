@@ -38,7 +38,7 @@ def open_bytes(path):
     """A buffered stream of the unpacked bytes, past a UTF-8 byte order mark."""
     packed = path.name.lower().endswith(".gz")
     stream = gzip.open(path) if packed else open(path, "rb")
-    stream = io.BufferedReader(stream) if packed else stream
+    stream = io.BufferedReader(stream, 2 ** 20) if packed else stream
     head = stream.peek(32)
     for magic, what in MAGIC:
         if head.startswith(magic):
@@ -109,7 +109,7 @@ def read_json(path):
                 yield number, parsed(line)
         return
     with open_bytes(path) as stream:
-        most = (free_memory() or 2 ** 33) // 8  # what becomes of it takes several times its size
+        most = min(2 ** 32, free_memory() or 2 ** 32) // 8  # what becomes of it takes several times its size
         text = stream.read(most + 1)
         if len(text) > most:
             raise UserError(f"{path} is over {most / 1e9:.2g} GB (unpacked), too large to be read whole: write one object per "

@@ -11,7 +11,6 @@ import runpy
 import shutil
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from lora import add_lora
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT, ROOM = 60, 3 * 2 ** 30  # seconds, and bytes more than this process has: a case that needs more has failed
+LIMIT, ROOM = 120, 3 * 2 ** 30  # seconds, and bytes more than this process has: a case that needs more has failed
 
 # ---- one case --------------------------------------------------------------------------------------------------------
 
@@ -75,7 +74,7 @@ def in_child(act, stdin, said, room):
             print(error.code, file=sys.stderr)
         return 1 if isinstance(error.code, str) else error.code or 0
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         return 1
     finally:
         sys.stdout.flush()
