@@ -17,7 +17,7 @@ from common.errors import UserError
 
 import trainer
 from common.flags import Amount, Count, DType, Positive, Probability, Seed, parse
-from common.disk import prepare, writable
+from common.disk import writable
 from evals import measure, results, story
 
 # ---- the command line ------------------------------------------------------------------------------------------------
