@@ -94,7 +94,8 @@ def run(file, name, seeds):
                 inspect.signature(function).bind(*case)
             except TypeError:
                 wants = EXERCISES[name].text.strip().split(":\n")[0].removeprefix("def ")
-                return {"error": f"{name}{inspect.signature(function)} takes other arguments than {wants}", "outcomes": []}
+                has = f"{name}{inspect.signature(function)}"
+                return {"error": f"{has} takes other arguments than {wants}", "outcomes": []}
             try:
                 outcomes[-1].append(outcome(function, case, EXERCISES[name].grads))
             except NotImplementedError as error:

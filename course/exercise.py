@@ -1,4 +1,4 @@
-"""What an exercise is, and what a function gives on its cases: results, gradients, and whether two of them are equal."""
+"""What an exercise is, and what a function gives on its cases: results, gradients; are two of them equal?"""
 import re
 from dataclasses import dataclass, field
 from typing import Callable
@@ -77,7 +77,7 @@ def parts(value, path):
         return {key: t for i, x in enumerate(value) for key, t in parts(x, f"{path}[{i}]").items()}
     if value is None and path == "result":
         raise NoResult("it returns None: the body is still empty, or a return is missing")
-    raise NoResult(f"it returns {path.replace('result', '...', 1)} = {value!r:.60}, but results are tensors and numbers")
+    raise NoResult(f"it returns {path.replace('result', '...', 1)} = {value!r:.60}, and not tensors or numbers")
 
 
 def tensors(value, path):

@@ -4,6 +4,7 @@
 """
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,8 +80,9 @@ def use(name, command, folder="my"):
 
 
 def start(arguments):
-    status = subprocess.run([sys.executable, "-m", "course.use", *arguments]).returncode
-    if status:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # out/ is in the present folder
+    command = [sys.executable, "-m", "course.use", *arguments]
+    if subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode:
         raise UserError("the run has stopped, so there is nothing to compare")
 
 

@@ -54,7 +54,7 @@ def put_conversation_mask(f):
             raise UserError("conversation_mask as you wrote it has no loss_weight: use rows without it")
         headers = [[role, self.special[self.template.headers[role]]] for role in ("system", "user", "assistant")]
         known = [[m["role"], self.encode(self.template.lead + m["content"])] for m in messages]
-        ids, mask = f(known, headers, self.end_of_text, self.end)
+        ids, mask = f(known, headers, self.end_of_text, self.special["<|end|>"])
         return list(map(int, ids)), list(map(int, mask))
 
     return {"data.tokenizer.Tokenizer.render": render}
