@@ -13,11 +13,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from common.flags import Positive, Share, TrainConfig, dropout_of, parse
+
 import torch
 
 import trainer
 from checkpoints import load, save_checkpoint
-from common.flags import Positive, TrainConfig, dropout_of, parse
+from common.waits import bar
 from data import files
 from data.tokenizer import get_tokenizer
 from island.world import Island
@@ -62,7 +64,8 @@ def text_loss(model, stream, run, rows=32):
     windows = stream[:len(stream) // length * length].view(-1, length)  # (contexts, length)
     model.eval()
     with run.autocast():
-        losses = [next_token_loss(model, part.to(run.device)).item() * len(part) for part in windows.split(rows)]
+        losses = [next_token_loss(model, part.to(run.device)).item() * len(part)
+                  for part in bar(windows.split(rows), "held-out loss")]
     model.train()
     return sum(losses) / len(windows)
 
@@ -90,6 +93,9 @@ def mix_step(model, text, step, config, run):
 
 # ---- training ------------------------------------------------------------------------------------------------------------
 
+NEEDS, COSTS = {}, (0.25, 300, 10)  # what must be there before; what a run costs (common/waits.py)
+
+
 @dataclass
 class Config(TrainConfig):
     lora_r: ClassVar[int] = 0  # all weights learn: adapters come with sft.py
@@ -112,6 +118,7 @@ class Config(TrainConfig):
     block_size: int = 128  # context length
     muon: bool = True  # Muon (trainer.py) for the blocks' matrices; else AdamW for all, which needs twice the steps
     documents: Positive = 20000  # the island: documents of its plain text
+    tales: Share = 0.0  # the island: share of them that is made up and told twice; 0.5 and 900 steps teach it to read
 
 
 def load_text(config, tok):
@@ -122,12 +129,13 @@ def load_text(config, tok):
         train, held = files.hold_out(rows, seed=config.seed, say=print)
         train, held = [row["text"] for row in train], [row["text"] for row in held]
     else:
-        train, held = Island().plain_text(config.documents), Island().plain_text(400, seed=9)
+        train, held = (Island().plain_text(n, seed, config.tales) for n, seed in ((config.documents, 1), (400, 9)))
     return text_stream(train, tok), text_stream(held, tok)
 
 
 def main(config):
     run = trainer.start(config)
+    trainer.prepare(config, run)
     tok = get_tokenizer(config.tokenizer or config.init, config.template or None)
     train, held = load_text(config, tok)
     torch.manual_seed(config.seed)

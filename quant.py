@@ -18,11 +18,12 @@ import argparse
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
+from common.errors import UserError, end_politely
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.errors import UserError, end_politely
 from kernels import nf4
 
 # ---- the codebook ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +24,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.disk import settle, together
+from common.disk import on_disk, release, replacing, settle, together, write_json
 from common.errors import UserError
 from common.flags import TrainConfig
-from common.hub import STATE
-from common.runs import differences, flag, identity, refuse_overwriting
+from common.hub import RECORD, STATE
+from common.runs import claim_out, differences, flag, identity, script_of
+from common.waits import PLAN, Stopwatch, busy, words
 
 
 # ---- device, dtype, processes ----------------------------------------------------------------------------------------
@@ -68,9 +69,9 @@ class Run:
 
 def start(config):
     """Chooses device and dtype, joins torchrun's processes where there are any -> Run. What a script does first."""
-    if isinstance(config, TrainConfig):
-        refuse_overwriting(config)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if isinstance(config, TrainConfig) and rank == 0:
+        claim_out(config)
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -292,8 +293,10 @@ def save_state(config, run, step, steps, model, *optimizers, extra=None):
         with together(config.out, ()) as folder:
             try:
                 torch.save(state, folder / STATE)
-            except RuntimeError as error:  # what torch makes of a full disk
-                raise OSError(str(error).splitlines()[0])
+            except RuntimeError:  # what torch makes of a full disk, in words that nobody understands
+                raise OSError("it took only a part of the state for --resume")
+            write_json(folder / RECORD, {"script": script_of(config), "command": state["command"], "step": step,
+                                         "steps": steps})
     run.saved = step
 
 
@@ -304,13 +307,11 @@ def load_state(config, run, steps, model, *optimizers, extra=None):
     """
     path, run.begun, run.saved = Path(config.out) / STATE, identity(config, steps), None
     if not config.resume:
-        if path.is_file():
-            run.print(f"{config.out} holds an unfinished run; starting anew (--resume would go on with it)")
         return 0
     if not path.is_file():
         raise UserError(f"--resume: {path} is not there, so {config.out} holds no unfinished run: start without --resume")
     out = flag("out", config.out)
-    anew = f"start anew with {run.begun['command']} {out}"
+    anew = f"start anew with {run.begun['command']} {out} --overwrite"
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not read its checksums, and a "folder" is nothing to it
             if archive.testzip() or any(record.external_attr for record in archive.infolist()):
@@ -358,23 +359,65 @@ def is_finished(folder):
     return whole and not (Path(folder) / STATE).is_file()
 
 
+def missing(config, script):
+    """What a run of a script needs and is not there yet, in order, itself last -> {folder: (script, config)}. A script's
+    NEEDS is {a flag that names a folder: (the script that makes its default, with which settings)}."""
+    found = {}
+    for name, (earlier, settings) in script.NEEDS.items():
+        folder = getattr(config, name)
+        if folder == getattr(type(config), name) and not is_finished(folder):
+            found |= missing(earlier.Config(out=folder, **settings), earlier)
+    return found | {config.out: (script, config)}
+
+
+def prepare(config, run):
+    """Says what will happen, a line a stage, and how long it takes; runs the earlier stages that are missing."""
+    script = sys.modules[type(config).__module__]
+    if not PLAN.depth:  # else it is part of another command's plan
+        tell(missing(config, script), run)
+    for name, (earlier, settings) in script.NEEDS.items():
+        if getattr(config, name) == getattr(type(config), name):
+            ensure(getattr(config, name), earlier, config, run, **settings)
+
+
+def tell(stages, run):
+    """Prints the plan of a command: stages as `missing` gives them, or none."""
+    if not stages:
+        return
+    costs = {}
+    for folder, (script, config) in stages.items():
+        step, steps, rest = script.COSTS
+        costs[folder] = None if config.data else (step, config.steps or steps, rest)
+    PLAN.begin(costs)
+    for folder, (script, _) in stages.items():
+        what = script.__doc__.splitlines()[0].rstrip(".").partition(" (")[0]
+        run.print(f"{PLAN.place(folder)}{Path(script.__file__).name}, {folder}: {what}")
+    known = [folder for folder in costs if costs[folder]]
+    time_ = f"about {words(PLAN.seconds(known))}{' in all' * (len(known) > 1)} on an idle core" if known else ""
+    later = "the first steps will tell how long it takes" if len(known) < len(costs) else ""
+    run.print("; ".join(filter(None, (time_, later, "Ctrl-C saves, and --resume goes on from there"))))
+
+
 def ensure(folder, stage, config, run, **settings):
     """Runs an earlier stage (a module with Config and main) whose checkpoint is missing, or goes on with an unfinished
     one, and says so. settings: fields of the stage's Config."""
     if not is_finished(folder):
         begun = (Path(folder) / STATE).is_file()
         flags = "".join(f" {flag(*setting)}" for setting in settings.items())
-        run.print(f"{folder} is not {'finished' if begun else 'there yet'}, so this runs first: "
+        run.print(f"{PLAN.place(folder)}{folder} is not {'finished' if begun else 'there yet'}, so this runs first: "
                   f"python {Path(stage.__file__).name}{flags} --out {folder}{' --resume' * begun}")
-        stage.main(stage.Config(out=folder, seed=config.seed, device=config.device, dtype=config.dtype, resume=begun,
-                                **settings))
+        with PLAN.within():
+            stage.main(stage.Config(out=folder, seed=config.seed, device=config.device, dtype=config.dtype, resume=begun,
+                                    **settings))
+        release(folder)
         run.print()
 
 
 def finish(config, run, log, save):
-    """After the loop: saves, and stops the script with one line where Ctrl-C ended the loop early. A complete run does
-    not need its state (three times the weights) any more."""
-    save()
+    """After the loop: saves, and stops the script with one line where a signal ended the loop early. A complete run
+    does not need its state (three times the weights) any more."""
+    with signals(lambda *_: None, "SIGTERM", "SIGHUP"):  # in a moment it ends by itself
+        save()
     if log.stopped:
         raise UserError(f"stopped before step {log.next} of {log.total}; saved in {config.out}: --resume goes on from there")
     if run.rank == 0:
@@ -394,55 +437,83 @@ class Clock:
         self.laps[f"{name}_s"], self.last = now - self.last, now
 
 
-# ---- log -------------------------------------------------------------------------------------------------------------
+# ---- signals and the log ---------------------------------------------------------------------------------------------
+
+@contextmanager
+def signals(handler, *names):
+    """These signals call the handler within the block. Who asked with nohup to hear no SIGHUP hears none; Windows has none."""
+    before = {}
+    with suppress(ValueError):  # not the main thread (a notebook, a test)
+        for name in names:
+            number = getattr(signal, name, None)
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                before[number] = signal.signal(number, handler) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
 
 class Log:
     """The bar on the terminal and out/log.jsonl, a JSON object per line with its step. Written by process 0 only."""
 
-    def __init__(self, config, run, first, steps):
+    def __init__(self, config, run, first, steps, bar=("loss", "held_out", "grad_norm")):
+        """bar: the numbers to look at while it runs; the first three of them that are measured stand on the bar."""
         self.config, self.run, self.next, self.total = config, run, first, steps
-        self.shown, self.stopped = {}, False
+        self.shown, self.stopped = dict.fromkeys(bar), False
         self.path = Path(config.out) / "log.jsonl"
         if run.rank == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = []
-            if first and self.path.is_file():  # lines of steps that will be done again are dropped
-                kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] < first]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in self.lines_before(first)))
+
+    def lines_before(self, first):
+        """The log's lines of steps that will not be done again; half a line, of a run that was killed, is none."""
+        lines = self.path.read_text(errors="replace").splitlines() if first and self.path.is_file() else []
+        for line in lines:
+            with suppress(ValueError, TypeError, KeyError):
+                if json.loads(line)["step"] < first:
+                    yield line
 
     def steps(self):
-        """Yields the steps still to do. Ctrl-C ends it after the step in progress, so the script saves as it always
-        does; a second Ctrl-C kills."""
+        """Yields the steps still to do. Ctrl-C, SIGTERM and SIGHUP end it after the step in progress, so the script
+        saves as it always does; a second Ctrl-C kills."""
+        terminals = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream and stream.isatty()]
+
         def stop(signum, frame):
             self.stopped = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if signum == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            for terminal in terminals:  # one that was closed sends SIGHUP, and refuses what is printed from then on
+                if not os.isatty(terminal):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
 
-        try:
-            before = signal.signal(signal.SIGINT, stop)
-        except ValueError:  # not the main thread (a notebook, a test)
-            before = None
         self.bar = tqdm(total=self.total, initial=self.next, desc=self.config.out, disable=self.run.rank != 0,
                         dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15)
-        try:
+        watch = Stopwatch()
+        with signals(stop, "SIGINT", "SIGTERM", "SIGHUP"), self.bar:
             for step in range(self.next, self.total):
                 yield step
                 self.next = step + 1
                 self.bar.update()
+                if measured := watch.step():
+                    seconds, share = measured
+                    self.print(PLAN.estimate(self.config.out, seconds, self.total - self.next)
+                               + busy(share if self.run.device.type == "cpu" else 1.0))
                 self.stopped = bool(self.run.sum(self.stopped))
                 if self.stopped:
                     break
-        finally:
-            self.bar.close()
-            if before is not None:
-                signal.signal(signal.SIGINT, before)
 
     def write(self, step, **numbers):
         """Adds numbers to the log and to the bar."""
         if self.run.rank == 0:
-            with open(self.path, "a") as file:
+            saved = "" if self.run.saved is None else f"; the checkpoint of step {self.run.saved} is kept"
+            with on_disk(self.path, kept=lambda: saved), open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **numbers}) + "\n")
-            self.shown |= {k: f"{v:.3g}" for k, v in numbers.items() if isinstance(v, (int, float))}
-            self.bar.set_postfix(self.shown, refresh=False)
+            self.shown |= {name: f"{numbers[name]:.3g}" for name in self.shown if name in numbers}
+            there = [(name, text) for name, text in self.shown.items() if text is not None]
+            self.bar.set_postfix(dict(there[:3]), refresh=False)
 
     def print(self, text):
         """A line above the bar."""
