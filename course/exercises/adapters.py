@@ -80,10 +80,8 @@ def of_merge(W, A, B, alpha):
 
 def put_lora_merge(f):
     def full(layer, how):
-        if not isinstance(layer, LoRALinear):
+        if not isinstance(layer, LoRALinear) or how == "simple" or layer.rslora:
             return merged_weight(layer, how)
-        if how == "simple" or layer.rslora:
-            raise UserError("lora_merge as you wrote it is the careful merge, without rslora")
         return f(weight_of(layer.frozen).detach(), layer.lora_A.detach(), layer.lora_B.detach(), layer.alpha)
 
     return {"lora.merged_weight": full}

@@ -173,8 +173,10 @@ def put_accumulate(f):
         batches = trainer.micro_batches(run.share(examples), config.micro_tokens, run.device)
         with run.autocast():
             losses = f([[-token_logps(model, ids, mask), mask[:, 1:].float()] for ids, mask in batches])
-        sum(losses).backward()
-        return sum(losses).item()
+        learned, all = (sum(sum(mask[1:]) for _, mask in rows) for rows in (run.share(examples), examples))
+        loss = sum(losses) * learned / max(1, all)  # of several processes each knows its own rows only
+        loss.backward()
+        return loss.item()
 
     return {"sft.sft_step": step}
 
@@ -227,8 +229,16 @@ def schedule(step, steps, warmup, lr, min_lr, rise=None, progress=None, floor=No
     return lr * (min_lr + (1 - min_lr) * shape) if floor is None else floor(lr, min_lr, shape)
 
 
+ours_rate = trainer.learning_rate
+
+
 def put_lr_schedule(f):
-    return {"trainer.learning_rate": lambda step, steps, config: f(step, steps, config.warmup, config.lr, config.min_lr)}
+    def full(step, steps, config):
+        if config.schedule != "cosine":
+            return ours_rate(step, steps, config)
+        return f(step, steps, config.warmup, config.lr, config.min_lr)
+
+    return {"trainer.learning_rate": full}
 
 
 lr_schedule = Exercise(
