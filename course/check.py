@@ -76,22 +76,30 @@ def known(chosen_name, seed):
 
 def judge(chosen, found, seeds):
     """What is wrong, in a sentence; "" where nothing is."""
-    if found["error"] and not any(found["outcomes"]):
+    every = [case for of_seed in found["outcomes"] for case in of_seed if case]
+    if not every:
         return found["error"]
-    every = [case for of_seed in found["outcomes"] for case in of_seed]
     changed = sorted({i for case in every for i in case["changed"]})
     if changed:
         return (f"it changes its argument {names(chosen)[changed[0]]} in place, which the caller may still need: "
                 "make a new tensor (x = x + 1, not x += 1; clone() before writing into one)")
     references = [known(chosen.name, seed) for seed in seeds]
-    for why in chosen.wrongs if not found["error"] else ():
-        if all(all(map(agree, mine, wrongs[why])) for mine, (_, wrongs) in zip(found["outcomes"], references)):
-            return f"this is what comes out when {why}"
+    for why in chosen.wrongs:
+        if all(resembles(mine, wrongs[why], right) for mine, (right, wrongs) in zip(found["outcomes"], references)):
+            return f"this is what comes out when {why}" + (f". And {found['error']}" if found["error"] else "")
     for seed, mine, (right, _) in zip(seeds, found["outcomes"], references):
         for case, a, b in zip(chosen.inputs(seed), mine, right):
+            if a is None:
+                return found["error"]
             if fault := difference(chosen, case, a, b):
                 return fault
-    return found["error"]
+    return ""
+
+
+def resembles(mine, wrong, right):
+    """Does every case that has a result have that of the wrong version, which is not the right one in all of them?"""
+    cases = [case for case in zip(mine, wrong, right) if case[0]]
+    return all(agree(a, b) for a, b, _ in cases) and not all(agree(b, c) for _, b, c in cases)
 
 
 def names(chosen):
@@ -102,6 +110,8 @@ def difference(chosen, case, mine, right):
     """What of one case's outcome is not as it should be, in a sentence or a few lines; "" where all is."""
     if mine["out"].keys() != right["out"].keys() or (mine["kind"] == "a number") != (right["kind"] == "a number") and (
             right["kind"] != "a number"):
+        if mine["kind"] == right["kind"]:
+            return f"it returns {mine['kind']}, but with {', '.join(mine['out'])} in place of {', '.join(right['out'])}"
         cut = ": .item() and float() cut the gradient" if mine["kind"] == "a number" and chosen.grads else ""
         return f"it returns {mine['kind']}, but should return {right['kind']}{cut}"
     for path, expected in right["out"].items():

@@ -82,9 +82,9 @@ def load(file, name):
 
 
 def run(file, name, seeds):
-    """-> {"error": sentence} or {"outcomes": [[outcome of a case, ...] of a seed, ...], "error": "" or a sentence about
-    the case after the last outcome}."""
-    function, outcomes = load(file, name), []
+    """-> {"outcomes": [[outcome of a case, or None where it raised something, ...] of a seed, ...], "error": a sentence
+    about the first of these, or about what ended it all, or ""}."""
+    function, outcomes, first = load(file, name), [], ""
     if isinstance(function, str):
         return {"error": function, "outcomes": []}
     for seed in seeds:
@@ -99,12 +99,15 @@ def run(file, name, seeds):
             try:
                 outcomes[-1].append(outcome(function, case, EXERCISES[name].grads))
             except NotImplementedError as error:
-                return {"error": f"{file.name}{line_of(error, file)}: not written yet", "outcomes": outcomes}
+                return {"error": f"{file.name}{line_of(error, file)}: not written yet", "outcomes": []}
             except NoResult as error:
-                return {"error": str(error), "outcomes": outcomes}
+                return {"error": str(error), "outcomes": []}
+            except Exception as error:  # the other cases may tell which mistake it is
+                first = first or sentence(error, file, f"case {len(outcomes[-1]) + 1}")
+                outcomes[-1].append(None)
             except BaseException as error:
-                return {"error": sentence(error, file, f"case {len(outcomes[-1]) + 1}"), "outcomes": outcomes}
-    return {"error": "", "outcomes": outcomes}
+                return {"error": sentence(error, file, f"case {len(outcomes[-1]) + 1}"), "outcomes": []}
+    return {"error": first, "outcomes": outcomes}
 
 
 @contextlib.contextmanager

@@ -167,6 +167,15 @@ def test_an_unknown_mistake_shows_the_smallest_case(tmp_path):
     assert "not the right numbers. The smallest case" in found and "x = [[" in found and "expected [[" in found
 
 
+def test_a_mistake_is_named_although_another_case_raises(tmp_path):
+    body = "if x.size(0) == 4:\n        raise ValueError('four')\n    return x * mask"
+    assert judged(write(tmp_path, body)).startswith("not the right numbers")
+    head = RIGHT.replace("return ", "if len(x) == 4:\n        raise ValueError('four')\n    return ")
+    found = judged(write(tmp_path, head.replace("(v + 1e-8).sqrt()", "(v + 1e-8)")))
+    assert "it divides by the variance and not by its root. And whiten.py" in found and "ValueError: four" in found
+    assert "case 3: ValueError: four" in judged(write(tmp_path, head))
+
+
 def test_a_file_that_is_not_there(tmp_path):
     for call in (lambda: check("whiten", tmp_path), lambda: list(student.check_all([], tmp_path, 0))):
         with pytest.raises(UserError, match="learn.py start"):

@@ -13,7 +13,7 @@ from sft import sft_step
 
 TOK = get_tokenizer("tiny", "chat")
 START, END = TOK.end_of_text, TOK.end
-HEADERS = [[role, TOK.special[TOK.template.headers[role]]] for role in ("system", "user", "assistant")]
+HEADERS = {role: TOK.special[TOK.template.headers[role]] for role in ("system", "user", "assistant")}
 
 # ---- the mask --------------------------------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ def conversations(draw):
 
 def mask_by(messages, headers, start, end, role="assistant", header=False, closing=True, only_last=False, text=True):
     """What a renderer gives that learns these parts of the messages."""
-    ids, mask, headers = [start], [0], dict(headers)
+    ids, mask = [start], [0]
     last = max(i for i, (who, _) in enumerate(messages) if who == "assistant")
     for i, (who, words) in enumerate(messages):
         learned = int((role is None or who == role) and not (only_last and i != last))
@@ -52,7 +52,7 @@ def put_conversation_mask(f):
                             "--template and --with search")
         if any("loss_weight" in m for m in messages):
             raise UserError("conversation_mask as you wrote it has no loss_weight: use rows without it")
-        headers = [[role, self.special[self.template.headers[role]]] for role in ("system", "user", "assistant")]
+        headers = {role: self.special[self.template.headers[role]] for role in ("system", "user", "assistant")}
         known = [[m["role"], self.encode(self.template.lead + m["content"])] for m in messages]
         ids, mask = f(known, headers, self.end_of_text, self.special["<|end|>"])
         return list(map(int, ids)), list(map(int, mask))
@@ -65,7 +65,7 @@ conversation_mask = Exercise(
 def conversation_mask(messages, headers, start, end):
     """A conversation as ids, and which of them the model must learn to produce.
 
-    messages: [[role, ids of its text], ...]; headers: [[role, id], ...]; start, end: ids.
+    messages: [[role, ids of its text], ...]; headers: {role: id}; start, end: ids.
     -> (ids, mask), two lists of the same length. ids: start, then for every message its header, its text and end.
 
         mask[i] = 1 where the assistant must produce ids[i], else 0      (Touvron et al. 2023, Llama 2, section 3.1)
@@ -260,6 +260,7 @@ def lr_schedule(step, steps, warmup, lr, min_lr):
         (0, 10, 4), (3, 10, 4), (4, 10, 4), (7, 10, 4), (9, 10, 4), (0, 5, 0), (2, 3, 2), (10 + int(draw.ints(80, 1)), 100, 10))],
     wrongs={
         "the first step has the rate 0 and is lost: step / warmup": lambda *x: schedule(*x, rise=lambda s, w: s / w),
+        "there is no rise: the first steps have the highest rate": lambda *x: schedule(*x, rise=lambda s, w: 1.0),
         "the fall is counted from step 0 and not from the end of the rise":
             lambda *x: schedule(*x, progress=lambda s, n, w: s / max(1, n - 1)),
         "the last step has not arrived: steps in place of steps - 1":

@@ -95,6 +95,8 @@ def gae(rewards, values, mask, gamma, lam):
     wrongs={
         "V_{t+1} after the last token is what the value model says of padding: nothing comes after the end":
             lambda r, v, m, gamma, lam: gae_by(r, v, m, gamma, lam, clean=False),
+        "the mask is left out: prompt and padding have advantages too, and what they have runs into the response":
+            lambda r, v, m, gamma, lam: gae_by(r, v, torch.ones_like(m), gamma, lam),
         "V_t stands where V_{t+1} should: delta knows nothing of the next state":
             lambda *x: gae_by(*x, next_value=lambda v: v),
         "lam is forgotten: every advantage is the whole rest of the response":
