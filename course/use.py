@@ -106,7 +106,8 @@ def run(name, file, script, *argv):
     except Exception as error:
         if where := line_of(error, Path(file)):
             raise UserError(f"{Path(file).name}{where}: {said(error)}")
-        raise
+        raise UserError(f"{script} cannot go on with what {name} has given it ({said(error)}): python learn.py check {name} "
+                        "says what is wrong")
     print(f"\n{name} was called {len(calls):,} times" + ("" if calls else ": this run does not need it"))
 
 

@@ -308,8 +308,10 @@ def top_p(probs, p):
 ''',
     reference=nucleus, cases=top_p_cases,
     wrongs={
-        "the token that crosses p is dropped: what stays has less than p, and a confident row loses everything":
+        "the token that reaches p is dropped (sum < p): what stays has less than p, and a confident row loses everything":
             lambda probs, p: cut(probs, lambda x, total: total < p),
+        "the token that crosses p is dropped (sum <= p): what stays has p at most, and a confident row loses everything":
+            lambda probs, p: cut(probs, lambda x, total: total <= p),
         "all tokens stay up to p, and one more, even where p is reached exactly":
             lambda probs, p: cut(probs, lambda x, total: total - x <= p),
         "p is taken as the smallest probability that stays": lambda probs, p: probs * (probs >= p),

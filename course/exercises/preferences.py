@@ -133,6 +133,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     put=lambda f: put_preference(f, "dpo_loss"), needs=SETTINGS, scripts=("dpo.py",), tests="tests/test_dpo.py")
 
 
+@torch.enable_grad()  # within ByHand.forward it is off
 def by_autograd(pw, pl, rw, rl, beta):
     pw, pl = pw.clone().requires_grad_(), pl.clone().requires_grad_()
     return torch.autograd.grad(ours(pw, pl, rw, rl, beta)[0], (pw, pl))
