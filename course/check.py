@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
-from course.child import GIGABYTES, SECONDS
+from course.child import GIGABYTES
 from course.exercise import agree, close, outcome, tensors
 from course.exercises import EXERCISES
 
@@ -54,9 +54,9 @@ def in_its_own_process(file, name, seeds):
         result = Path(folder) / "result.pt"
         words = str(file.resolve()), name, ",".join(map(str, seeds)), str(result)
         try:
-            done = subprocess.run([sys.executable, "-m", "course.child", *words], cwd=ROOT, timeout=60 + 3 * SECONDS, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, "-m", "course.child", *words], cwd=ROOT, timeout=120, capture_output=True, text=True)
         except subprocess.TimeoutExpired:
-            return {"error": f"{file.name} was still running long after {SECONDS} seconds and could not be interrupted: "
+            return {"error": f"{file.name} was still running after two minutes and could not be interrupted: "
                              "is there a loop that never ends?", "outcomes": []}
         if result.is_file():
             return torch.load(result, weights_only=True)

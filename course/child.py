@@ -30,8 +30,8 @@ def limit():
         raise TooLong
 
     if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.signal(signal.SIGPROF, stop)  # of computing: a busy machine is not the student's fault
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -57,7 +57,7 @@ def sentence(error, file, doing):
     if isinstance(error, SystemExit):
         return f"{where} calls sys.exit: a function returns its result and leaves the process alone"
     if isinstance(error, TooLong):
-        return f"{where}: still running after {SECONDS} seconds; is there a loop that never ends?"
+        return f"{where}: still running after {SECONDS} seconds of computing; is there a loop that never ends?"
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "allocate memory" in str(error):
         return f"{where} asks for more than {GIGABYTES} GB of memory: which tensor is so large?"
     if isinstance(error, RecursionError):
@@ -133,10 +133,13 @@ def main(file, name, seeds, result):
         limit()
         found |= run(Path(file).resolve(), name, list(map(int, seeds.split(","))))
         if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     torch.save(found, result)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        print(__doc__)
+        raise SystemExit(sys.argv[1:] not in (["-h"], ["--help"]))
     torch.set_num_threads(1)
     main(*sys.argv[1:])
