@@ -116,14 +116,16 @@ def rms_norm(x, weight, eps):
 def of_mlp(x, gate, up, down):
     with torch.device("meta"):
         mlp = llama.MLP(SimpleNamespace(n_embd=x.size(-1), n_inner=len(gate), mlp_bias=False))
-    return functional_call(mlp, {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down}, (x,))
+    names = dict(mlp.named_parameters())  # in their order
+    return functional_call(mlp, dict(zip(names, (gate, up, down), strict=True)), (x,))
 
 
 def put_swiglu(f):
     def forward(self, x):
-        if self.up_proj.bias is not None:
-            raise UserError("swiglu as you wrote it has no biases: use a model without")
-        return f(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        weights = list(self.parameters())
+        if len(weights) != 3:
+            raise UserError("swiglu as you wrote it has neither biases nor adapters: use a model without")
+        return f(x, *weights)
 
     return {"llama.MLP.forward": forward}
 
