@@ -149,8 +149,6 @@ def compare(found, mine, others, cut, closest):
     return gone, [(near.item(), mine[i].item(), others[partner[i]].item()) for near, i in zip(*top) if near > 0]
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
-
 def question_of(raw):
     """What the user says in a raw row, up to the answer; of a tree what its root says. Raises BadRow."""
     prompt = rows_of(raw, ("prompts",))[0]["prompt"]

@@ -16,13 +16,13 @@ seconds of one CPU core and 61 MB of memory.
 """
 import contextlib
 import importlib.util
+import itertools
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-
 from tqdm import tqdm
 
 from data.clean import at_most_turns, fits, in_category
@@ -32,7 +32,7 @@ from data.report import PipelineReport
 from data.shapes import BadRow, finished, recognise
 from data.tokenizer import get_tokenizer
 from common.disk import writing
-from common.flags import parse
+from common.flags import Positive, parse
 
 LEFT_OUT = ("math", "coding", "coding & debugging")  # SmolTalk's names and those of the original Magpie Ultra
 
@@ -62,13 +62,11 @@ class Config:
     source: str = ""  # a folder with files or folders named as the subsets; empty: they are fetched
     out: str = "out/smoltalk"  # folder for the subsets, mixture.jsonl and report.json
     tokenizer: str = ""  # counts tokens: gpt2, tiny, a rank file or a checkpoint; empty: gpt2, tiny without a network
-    most_tokens: int = 512  # longer conversations go
-    most_turns: int = 2  # conversations in which the user speaks more often go
-    sample: int = 5000  # rows of each sampled subset
+    most_tokens: Positive = 512  # longer conversations go
+    most_turns: Positive = 2  # conversations in which the user speaks more often go
+    sample: Positive = 5000  # rows of each sampled subset
     seed: int = 0  # of the samples and of the order
 
-
-# ---- files -----------------------------------------------------------------------------------------------------------
 
 def find_files(name, source):
     """The training files of a subset: fetched, or those in the folder `source` whose name or folder is the subset's."""
@@ -94,8 +92,6 @@ def counting_tokenizer(name, say):
         say(f"{error}\nTokens are counted with this project's tiny tokenizer, which makes about twice as many of them.")
         return get_tokenizer("tiny"), "tiny"
 
-
-# ---- from a file to rows ---------------------------------------------------------------------------------------------
 
 def filtered_rows(paths, name, tok, config, report):
     """The rows of a subset that pass its filters: {"messages", "source"}, one by one, every decision counted."""
@@ -143,11 +139,10 @@ def conversation(raw, report):
 
 def reservoir(rows, n, seed):
     """n of the rows, each equally likely, in one pass and in the memory of n (Vitter 1985, algorithm R)."""
-    rng, kept = random.Random(seed), []
-    for i, row in enumerate(rows):
-        if i < n:
-            kept.append(row)
-        elif (j := rng.randrange(i + 1)) < n:
+    rng, rows = random.Random(seed), iter(rows)
+    kept = list(itertools.islice(rows, n))
+    for i, row in enumerate(rows, n + 1):
+        if (j := rng.randrange(i)) < n:
             kept[j] = row
     return kept
 
@@ -167,8 +162,6 @@ def shuffled(paths, seed):
             yield json.loads(file.readline())
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
-
 def mix(config, say=print):
     """Writes the subsets, the mixture and the report -> PipelineReport."""
     if config.source and Path(config.source).resolve() == Path(config.out).resolve():
@@ -186,27 +179,14 @@ def mix(config, say=print):
             rows = filtered_rows(paths, name, tok, config, report)
             if SUBSETS[name].sampled:
                 rows = reservoir(rows, config.sample, f"{config.seed} {name}")
-            write(rows, out[name], report)
+            report.write(rows, out[name], "its files, --most-tokens and --most-turns")
         report.section("mixture")
-        write(shuffled([out[name].path for name in found], config.seed), out["mixture"], report)
+        report.write(shuffled([out[name].path for name in found], config.seed), out["mixture"], "the subsets")
     report.save(Path(config.out) / "report.json")
     return report
 
 
-def write(rows, writer, report):
-    """Writes and finishes one file, so that it stays whatever happens to the next."""
-    for row in rows:
-        writer.write(row)
-    if not writer.rows:
-        raise UserError(f"no row of {writer.path.stem} passed the filters ({report.counts(writer.path.stem)}): check "
-                        "its files, --most-tokens and --most-turns.")
-    writer.finish()
-    report.count("written", writer.rows)
-
-
 def main(config):
-    if config.most_tokens < 1 or config.most_turns < 1 or config.sample < 1:
-        raise UserError("--most-tokens, --most-turns and --sample must be at least 1")
     print(mix(config))
     print(f"next: python sft.py --data {Path(config.out) / 'mixture.jsonl'} --init gpt2")
 

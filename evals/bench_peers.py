@@ -17,7 +17,6 @@ from common.flags import TrainConfig
 
 # ---- what every candidate needs, this project's too ------------------------------------------------------------------
 
-
 def synchronize():
     if torch.cuda.is_available():  # kernels are only queued when a call returns
         torch.cuda.synchronize()

@@ -1,5 +1,4 @@
-"""What bench.py measures: candidates that do the same work, in turn, on the same rows; this project's are here.
-"""
+"""What bench.py measures: candidates that do the same work, in turn, on the same rows; this project's are here."""
 import importlib.util
 import itertools
 import json
@@ -35,7 +34,6 @@ from island.world import Island
 from model import GPT, GPTConfig
 
 # ---- measuring, the same for every command ---------------------------------------------------------------------------
-
 
 def interleaved(candidates, rounds):
     """{name: function} -> {name: [seconds per round]}. One warm-up round; then each function once a round, in turn.
