@@ -3,6 +3,7 @@
 A cell in quotes may hold commas, line breaks and doubled quotes; in other files a quote is a character like others, and
 a cell may begin with one: "Yes," he said. No ending tells which, so both readings are tried on the whole file.
 """
+import contextlib
 import csv
 import itertools
 import json
@@ -120,8 +121,6 @@ def lines_to_odd(ahead, stream):
 def value_of(name, cell):
     """A cell of a column that may hold lists holds them as JSON."""
     if name in LISTS_IN_CELLS and cell[:1] in ("[", "{"):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):  # the row's own check says what is wrong with it
             return json.loads(cell)
-        except (ValueError, RecursionError):
-            pass  # the row's own check says what is wrong with it
     return cell

@@ -43,7 +43,7 @@ class PipelineReport:
 
     def section(self, name):
         """From here on count under this name, for instance that of a file or split. One may come back to a section."""
-        self.steps = self.sections.setdefault(name, {})
+        self.name, self.steps = name, self.sections.setdefault(name, {})
 
     def note(self, line):
         """A line for the head of the report, for instance which toxicity scorer was used."""
@@ -71,7 +71,7 @@ class PipelineReport:
         for row in rows:
             writer.write(row)
         if not writer.rows:
-            counts = {step: found.hit for step, found in self.steps.items()}
+            counts = self.counts(self.name)
             raise UserError(f"the filters leave no row for {writer.path.name} ({counts}): see {see}.")
         writer.finish()
         self.count(step, writer.rows)

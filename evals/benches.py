@@ -93,9 +93,8 @@ def machine():
         device = torch.cuda.get_device_name()
     else:
         cpu, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
-        for line in cpu.read_text().splitlines() if cpu.exists() else ():
-            if line.startswith("model name"):
-                name = line.split(": ")[1]
+        lines = cpu.read_text().splitlines() if cpu.exists() else []
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
         device = f"{name}, {torch.get_num_threads()} threads"
     return f"{device}; torch {torch.__version__}; Python {platform.python_version()}; {platform.system()}"
 
