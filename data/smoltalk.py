@@ -32,7 +32,7 @@ from data.report import PipelineReport
 from data.shapes import BadRow, finished, recognise
 from data.tokenizer import get_tokenizer
 from common.disk import writable, writing
-from common.flags import Positive, parse
+from common.flags import Positive, Seed, parse
 
 LEFT_OUT = ("math", "coding", "coding & debugging")  # SmolTalk's names and those of the original Magpie Ultra
 
@@ -65,7 +65,7 @@ class Config:
     most_tokens: Positive = 512  # longer conversations go
     most_turns: Positive = 2  # conversations in which the user speaks more often go
     sample: Positive = 5000  # rows of each sampled subset
-    seed: int = 0  # of the samples and of the order
+    seed: Seed = 0  # of the samples and of the order
 
 
 def find_files(name, source):
