@@ -171,9 +171,9 @@ def uses(folder, data, out):
                                   "--sample-every", 0, "--eval-every", 0, "--out", out, *small)}
 
 
-def configs(folder, every=7, only=None):
+def configs(folder, every=41, only=None):
     """Each single value of config.json (GPT-2, Llama), tokenizer.json, tokenizer_config.json, generation_config.json,
-    adapter_config.json and an index, left out or replaced by each of two dozen others, of these every seventh: read, and
+    adapter_config.json and an index, left out or replaced by each of two dozen others, of these one in 41: read, and
     where it can be read, chatted with, measured and trained."""
     data = folder / "rows.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": f"question {i}?", "completion": f"yes, {i}"}) for i in range(12)))
@@ -240,9 +240,9 @@ NUMBERS = ("-1", "-5", "0", "1e308", "-1e308", "nan", "inf", "9" * 30, "10000000
 WORDS = ("", "x", "x" * 300, "~nobody/x", "--data", "--no-such-flag", "/dev/null", "/proc/x", "a\nb", "gold", "\x1b[2J", "é" * 200, "0,1", ",")
 
 
-def flags(folder, every=5):
+def flags(folder, every=17):
     """Every flag of sixteen commands with numbers that are negative, nothing, huge or no numbers, and with words that are
-    names of 300 characters, of nobody's folder, of devices, or look like flags; of these every fifth."""
+    names of 300 characters, of nobody's folder, of devices, or look like flags; of these one in 17."""
     made(folder)
     pairs, text, talks = folder / "pairs.jsonl", folder / "text.jsonl", folder / "talks.jsonl"
     pairs.write_text("\n".join(json.dumps({"prompt": f"q {i}?", "chosen": f"yes {i}", "rejected": "no"}) for i in range(20)))
