@@ -84,17 +84,15 @@ def read_settings(folder):
 
 
 def setting(folder, settings, key, kind, default=None, low=1, high=LARGEST):
-    """One setting of config.json, checked: a bool, or an int or float from low to high. default: what it is where the
-    key is absent or null; without one it has to be there. Raises UserError."""
+    """One setting of config.json, checked: a bool, a dict, or an int or float from low to high. default: what it is
+    where the key is absent or null; without one it has to be there. Raises UserError."""
     found = default if settings.get(key) is None else settings[key]
-    words = {bool: "true or false", int: f"a whole number from {low:,} to {high:,}",
+    words = {bool: "true or false", dict: "an object", int: f"a whole number from {low:,} to {high:,}",
              float: f"a number from {low:,} to {high:,}"}[kind]
-    right = type(found) in (int, kind) if kind is not bool else type(found) is bool  # True is an int to isinstance
-    if found is None:
-        raise UserError(f"{folder}/config.json has no {key}, which has to be {words}: write or download the folder again")
-    if not right or kind is not bool and not low <= found <= high:
-        raise UserError(f"{folder}/config.json has {key} = {found!r:.80}, but it has to be {words}: write or download the "
-                        "folder again")
+    right = type(found) in ((int, float) if kind is float else (kind,))  # to isinstance True is an int
+    if not right or kind in (int, float) and not low <= found <= high:
+        says = "no such key" if found is None else f"{key} = {found!r:.80}"
+        raise UserError(f"{folder}/config.json has {says}, but {key} has to be {words}: write or download it again")
     return found
 
 
@@ -102,8 +100,8 @@ def must_be(folder, settings, fixed):
     """Raises UserError where a setting of config.json that the code takes for granted is another one."""
     for key, value in fixed.items():
         if settings.get(key) not in (None, value):
-            raise UserError(f"{folder}/config.json has {key} = {settings[key]!r:.80}, but this project reads only models "
-                            f"whose {key} is {value!r}")
+            raise UserError(f"{folder}/config.json has {key} = {settings[key]!r:.80}, but this project reads only "
+                            f"models whose {key} is {value!r}")
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -119,8 +117,9 @@ def weight_files(folder):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged ({error!r}): write or download it again")
         for file in files:
-            if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-                raise UserError(f"{index} names {file!r}: weights are read from .safetensors files in the same folder only")
+            if not (isinstance(file, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", file)):
+                raise UserError(f"{index} names {file!r:.80}: weights are read from .safetensors files in the same "
+                                "folder only")
         return files
     if any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder} has only pytorch_model.bin, a pickle that could run any code: convert it with "
@@ -176,8 +175,8 @@ def check_weights(network, folder, read, linear=None):
         theirs, transposed = names[ours]
         shape, dtype = read(theirs, look=True)
         if dtype not in FLOATS:
-            raise UserError(f"{folder}: {theirs} is of {dtype}, but weights are floats ({', '.join(FLOATS)}): take a folder "
-                            "whose weights are not quantized")
+            raise UserError(f"{folder}: {theirs} is of {dtype}, but weights are floats ({', '.join(FLOATS)}): take a "
+                            "folder whose weights are not quantized")
         if shape[::-1 if transposed else 1] != tuple(parameter.shape):
             raise UserError(f"{folder}: {theirs} has shape {shape}, but config.json says "
                             f"{tuple(parameter.shape)[::-1 if transposed else 1]}: the two files are not of one model")
@@ -187,8 +186,8 @@ def check_weights(network, folder, read, linear=None):
         needed += parameter.numel() * bits / 8
     free = free_memory()
     if free is not None and needed > free:
-        raise UserError(f"{folder}: its weights need {needed / 1e9:.3g} GB of memory and {free / 1e9:.3g} GB are free: close "
-                        "other programs, or take a smaller model")
+        raise UserError(f"{folder}: its weights need {needed / 1e9:.3g} GB of memory and {free / 1e9:.3g} GB are free: "
+                        "close other programs, or take a smaller model")
 
 
 def read_weights(network, folder, linear=None):
@@ -202,7 +201,7 @@ def read_weights(network, folder, linear=None):
     (read, there), names = open_weights(folder), network.hf_names()
     check_weights(network, folder, read, linear)
     taken = [names[ours][0] for ours, _ in network.named_parameters()]
-    taken = {name for theirs in taken for name in (theirs, theirs.partition(".")[2])}  # as either may stand in the files
+    taken = {name for theirs in taken for name in (theirs, theirs.partition(".")[2])}  # whichever is in the files
     for path in [path for path, _ in network.named_modules()]:  # paths only: a list of modules would keep replaced ones alive
         module = network.get_submodule(path)
         for name, _ in list(module.named_parameters(recurse=False)):
