@@ -28,6 +28,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.errors import UserError
+
 from tqdm import tqdm
 
 import trainer
@@ -36,7 +38,6 @@ from data import files
 from island.world import Island, says
 from data.tokenizer import get_tokenizer
 from common.disk import Ledger, write_jsonl
-from common.errors import UserError
 from common.flags import Amount, Count, DType, Positive, Probability, Template, parse
 from generate import fit_question, generate, stream
 from quant import freeze

@@ -228,7 +228,7 @@ def save_adapter(model, folder, base_name, extra=None):
               "nanoalign_extra": sorted(extra or {})}
     tensors = peft_parameters(model) | (extra or {})
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with together(folder, (*hub.MODEL, hub.STATE)) as new:
+    with together(folder, (*hub.MODEL, *hub.OF_A_RUN)) as new:
         hub.write_tensors(tensors, new / WEIGHTS)
         write_json(new / CONFIG, config, indent=2)
 

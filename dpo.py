@@ -24,6 +24,8 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+from common.errors import UserError
+
 import torch
 import torch.nn.functional as F
 
@@ -31,7 +33,6 @@ import lora
 import sft
 import trainer
 from checkpoints import load_init, save_checkpoint
-from common.errors import UserError
 from common.flags import Amount, parse
 from data.pairs import NOTHING_HELD, RankedConfig, answered, choose_pairs, load_ranked
 from generate import sample_text

@@ -12,12 +12,12 @@ Every mean comes with its 95 % interval (bootstrap over the questions): where tw
 What is asked about the island stands in island/exam.py, the rest in evals/.
 """
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from common.errors import UserError
 
 import trainer
-from common.errors import UserError
 from common.flags import Amount, Count, DType, Positive, Probability, parse
-from common.disk import on_disk
+from common.disk import prepare
 from evals import measure, results, story
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -61,8 +61,7 @@ def main(config):
         raise UserError(f"--n {config.n}: it must be at least 1")
     run = trainer.start(config)
     config.out = config.out or f"out/{'story' if config.story else 'results' if config.results else 'evaluate'}"
-    with on_disk(config.out, "--out has to be a folder, choose another one"):  # now, not when everything has been measured
-        Path(config.out).mkdir(parents=True, exist_ok=True)
+    prepare(config.out)
     if config.story:
         return story.main(config, run)
     if config.results:

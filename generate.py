@@ -12,11 +12,12 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+from common.errors import UserError
+
 import torch
 
 import trainer
 from checkpoints import load, load_to_ask
-from common.errors import UserError
 from common.flags import Amount, Count, DType, Positive, Probability, TrainConfig, parse
 from data.shapes import says
 from data.tokenizer import fit, get_tokenizer
@@ -102,14 +103,19 @@ def sample(logits, temperature, top_p, top_k, generator):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     probs = logits.softmax(dim=1)
     if top_p < 1:
-        ordered, order = probs.sort(dim=1, descending=True)
-        beyond = ordered.cumsum(dim=1) - ordered >= top_p  # what comes before a token already reaches p
-        probs = probs.masked_fill(beyond.gather(1, order.argsort(dim=1)), 0.0)
+        probs = nucleus(probs, top_p)
     # inverse of the cumulative distribution: one random number per row where torch.multinomial draws one per token;
     # float64, so that rounding cannot pick a token of probability 0 at the end
     cumulative = probs.double().cumsum(dim=1)
     u = torch.rand(len(probs), 1, generator=generator, device=probs.device, dtype=torch.float64)
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def nucleus(probs, top_p):
+    """(B, V) -> (B, V): 0 but for the fewest tokens that reach the probability top_p together (Holtzman et al. 2020)."""
+    ordered, order = probs.sort(dim=1, descending=True)
+    beyond = ordered.cumsum(dim=1) - ordered >= top_p  # what comes before a token already reaches p
+    return probs.masked_fill(beyond.gather(1, order.argsort(dim=1)), 0.0)
 
 
 # ---- conversations ---------------------------------------------------------------------------------------------------

@@ -20,12 +20,13 @@ import math
 import sys
 from dataclasses import asdict, dataclass
 
+from common.errors import UserError, end_politely
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from common import hub
-from common.errors import UserError, end_politely
 from model import TINY, GPTConfig, Network, TokenMatrix, main
 
 

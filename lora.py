@@ -24,11 +24,12 @@ Adapters are stored as PEFT stores them (checkpoints.py): PEFT reads ours, we re
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from common.errors import UserError
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.errors import UserError
 from common.flags import parse
 from model import wide
 from quant import NF4Linear, dequantize_nf4
@@ -222,6 +223,7 @@ class Config:
     adapter: str = ""  # the adapter's folder
     base: str = ""  # the base model's folder; empty: the one that the adapter names
     out: str = ""  # folder for the merged model
+    overwrite: bool = False  # replace the checkpoint in --out
     merge: str = "careful"  # careful (the weights that training saw) or simple (the base in bfloat16)
     compare: bool = False  # print what both merges change, and on the island their scores
     text: str = ""  # text file for --compare; empty: the island's plain text

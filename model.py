@@ -21,13 +21,14 @@ import math
 import sys
 from dataclasses import dataclass
 
+from common.errors import UserError, end_politely
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import hub
-from common.errors import UserError, end_politely
 from common.tables import table
 from kernels import head
 
@@ -128,6 +129,15 @@ class TokenMatrix(nn.Embedding):
             return F.linear(hidden.to(self.weight.dtype), self.weight)
 
 
+class Uninitialized(torch.overrides.TorchFunctionMode):
+    """Leaves out all of torch.nn.init: on the meta device random numbers would import PyTorch's compiler, seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 class Network(nn.Module):
     """What the two families share (this file and llama.py): how their parts are found, replaced and read."""
 
@@ -216,7 +226,7 @@ class Network(nn.Module):
         """The folder's network without its weights (the meta device): no memory, no time spent on random numbers."""
         config = cls.read_config(folder)
         config.dropout, config.attention_dropout, config.checkpointing = dropout, attention_dropout, checkpointing
-        with torch.device("meta"):
+        with torch.device("meta"), Uninitialized():
             return cls(config)
 
 

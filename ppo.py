@@ -28,6 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from common.errors import UserError
+
 import torch
 import torch.nn as nn
 
@@ -37,7 +39,6 @@ import sft
 import trainer
 from checkpoints import frozen_as, load, load_init, save_model
 from common import plots
-from common.errors import UserError
 from common.flags import Amount, Count, Positive, Share, TrainConfig, parse
 from data import files
 from data.readability import readability

@@ -13,11 +13,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from common.flags import Positive, Share, TrainConfig, dropout_of, parse
+
 import torch
 
 import trainer
 from checkpoints import load, save_checkpoint
-from common.flags import Positive, TrainConfig, dropout_of, parse
 from data import files
 from data.tokenizer import get_tokenizer
 from island.world import Island
@@ -112,6 +113,7 @@ class Config(TrainConfig):
     block_size: int = 128  # context length
     muon: bool = True  # Muon (trainer.py) for the blocks' matrices; else AdamW for all, which needs twice the steps
     documents: Positive = 20000  # the island: documents of its plain text
+    tales: Share = 0.0  # the island: share of them that is made up and told twice; 0.5 and 900 steps teach it to read
 
 
 def load_text(config, tok):
@@ -122,7 +124,7 @@ def load_text(config, tok):
         train, held = files.hold_out(rows, seed=config.seed, say=print)
         train, held = [row["text"] for row in train], [row["text"] for row in held]
     else:
-        train, held = Island().plain_text(config.documents), Island().plain_text(400, seed=9)
+        train, held = (Island().plain_text(n, seed, config.tales) for n, seed in ((config.documents, 1), (400, 9)))
     return text_stream(train, tok), text_stream(held, tok)
 
 

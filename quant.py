@@ -18,11 +18,12 @@ import argparse
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
+from common.errors import UserError, end_politely
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.errors import UserError, end_politely
 from kernels import nf4
 
 # ---- the codebook ----------------------------------------------------------------------------------------------------
@@ -103,13 +104,17 @@ def quantize(weight, block):
 
     In the last bit, which decides ties, as bitsandbytes: w times the reciprocal of absmax, not divided by it.
     """
-    n = weight.numel()
-    blocks = F.pad(weight.float().reshape(-1), (0, -n % block)).view(-1, block)  # (blocks, block); zeros: same absmax
-    absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]  # in [-1, 1]; zeros stay zeros
+    scaled, absmax = scale_blocks(weight, block)
     codes = torch.bucketize(scaled, MIDPOINTS.to(weight.device), out_int32=True)  # how many midpoints lie below
     first, second = codes.to(torch.uint8).view(-1, 2).unbind(1)
-    return (first * 16 + second)[: (n + 1) // 2], absmax
+    return (first * 16 + second)[: (weight.numel() + 1) // 2], absmax
+
+
+def scale_blocks(weight, block):
+    """weight of any shape -> its blocks over their absmax (blocks, block), in [-1, 1], and absmax (blocks,), float32."""
+    blocks = F.pad(weight.float().reshape(-1), (0, -weight.numel() % block)).view(-1, block)  # zeros: same absmax
+    absmax = blocks.abs().amax(dim=1)
+    return blocks * (1 / absmax.clamp(min=1e-38))[:, None], absmax  # zeros stay zeros
 
 
 def dequantize(packed, absmax, shape, block, dtype):

@@ -19,6 +19,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,7 +29,6 @@ import sft
 import trainer
 from checkpoints import HEAD_NAMES, load, load_init, read_head, save_model
 from common import plots
-from common.errors import UserError
 from common.flags import parse
 from data.pairs import NOTHING_HELD, RankedConfig, answered, choose_pairs, load_ranked, make_pairs
 from data.tokenizer import fit, get_tokenizer

@@ -22,13 +22,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from common.errors import UserError
+
 import torch
 import torch.nn.functional as F
 
 import pretrain
 import trainer
 from checkpoints import load_init, save_checkpoint
-from common.errors import UserError
 from common.flags import Amount, Positive, TrainConfig, parse
 from data import files
 from data.formats import Refused
@@ -74,7 +75,7 @@ def fit_rows(rows, tok, longest, say=print):
             messages = fit(row["messages"], lambda messages: tok.render(messages)[0], longest)
             ids, mask = tok.render(messages) if messages else ([], [])
         except Refused as error:
-            told[f"dropped: {error.why}"] += 1
+            told[f"dropped: {error.why}, though another --template, or --merge-system, may"] += 1
             continue
         if any(mask[1:]):
             found.append(row | {"example": (ids, mask)})

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.disk import settle, together
+from common.disk import on_disk, release, replacing, settle, together, write_json
 from common.errors import UserError
 from common.flags import TrainConfig
-from common.hub import STATE
-from common.runs import differences, flag, identity, refuse_overwriting
+from common.hub import RECORD, STATE
+from common.runs import claim_out, differences, flag, identity, script_of
 
 
 # ---- device, dtype, processes ----------------------------------------------------------------------------------------
@@ -68,9 +68,9 @@ class Run:
 
 def start(config):
     """Chooses device and dtype, joins torchrun's processes where there are any -> Run. What a script does first."""
-    if isinstance(config, TrainConfig):
-        refuse_overwriting(config)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if isinstance(config, TrainConfig) and rank == 0:
+        claim_out(config)
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -292,8 +292,10 @@ def save_state(config, run, step, steps, model, *optimizers, extra=None):
         with together(config.out, ()) as folder:
             try:
                 torch.save(state, folder / STATE)
-            except RuntimeError as error:  # what torch makes of a full disk
-                raise OSError(str(error).splitlines()[0])
+            except RuntimeError:  # what torch makes of a full disk, in words that nobody understands
+                raise OSError("it took only a part of the state for --resume")
+            write_json(folder / RECORD, {"script": script_of(config), "command": state["command"], "step": step,
+                                         "steps": steps})
     run.saved = step
 
 
@@ -304,13 +306,11 @@ def load_state(config, run, steps, model, *optimizers, extra=None):
     """
     path, run.begun, run.saved = Path(config.out) / STATE, identity(config, steps), None
     if not config.resume:
-        if path.is_file():
-            run.print(f"{config.out} holds an unfinished run; starting anew (--resume would go on with it)")
         return 0
     if not path.is_file():
         raise UserError(f"--resume: {path} is not there, so {config.out} holds no unfinished run: start without --resume")
     out = flag("out", config.out)
-    anew = f"start anew with {run.begun['command']} {out}"
+    anew = f"start anew with {run.begun['command']} {out} --overwrite"
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not read its checksums, and a "folder" is nothing to it
             if archive.testzip() or any(record.external_attr for record in archive.infolist()):
@@ -368,13 +368,15 @@ def ensure(folder, stage, config, run, **settings):
                   f"python {Path(stage.__file__).name}{flags} --out {folder}{' --resume' * begun}")
         stage.main(stage.Config(out=folder, seed=config.seed, device=config.device, dtype=config.dtype, resume=begun,
                                 **settings))
+        release(folder)
         run.print()
 
 
 def finish(config, run, log, save):
-    """After the loop: saves, and stops the script with one line where Ctrl-C ended the loop early. A complete run does
-    not need its state (three times the weights) any more."""
-    save()
+    """After the loop: saves, and stops the script with one line where a signal ended the loop early. A complete run
+    does not need its state (three times the weights) any more."""
+    with signals(lambda *_: None, "SIGTERM", "SIGHUP"):  # in a moment it ends by itself
+        save()
     if log.stopped:
         raise UserError(f"stopped before step {log.next} of {log.total}; saved in {config.out}: --resume goes on from there")
     if run.rank == 0:
@@ -394,7 +396,24 @@ class Clock:
         self.laps[f"{name}_s"], self.last = now - self.last, now
 
 
-# ---- log -------------------------------------------------------------------------------------------------------------
+# ---- signals and the log ---------------------------------------------------------------------------------------------
+
+@contextmanager
+def signals(handler, *names):
+    """These signals call the handler within the block. Who asked with nohup to hear no SIGHUP hears none; Windows has none."""
+    before = {}
+    with suppress(ValueError):  # not the main thread (a notebook, a test)
+        for name in names:
+            number = getattr(signal, name, None)
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                before[number] = signal.signal(number, handler) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
 
 class Log:
     """The bar on the terminal and out/log.jsonl, a JSON object per line with its step. Written by process 0 only."""
@@ -404,26 +423,33 @@ class Log:
         self.shown, self.stopped = {}, False
         self.path = Path(config.out) / "log.jsonl"
         if run.rank == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = []
-            if first and self.path.is_file():  # lines of steps that will be done again are dropped
-                kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] < first]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in self.lines_before(first)))
+
+    def lines_before(self, first):
+        """The log's lines of steps that will not be done again; half a line, of a run that was killed, is none."""
+        lines = self.path.read_text(errors="replace").splitlines() if first and self.path.is_file() else []
+        for line in lines:
+            with suppress(ValueError, TypeError, KeyError):
+                if json.loads(line)["step"] < first:
+                    yield line
 
     def steps(self):
-        """Yields the steps still to do. Ctrl-C ends it after the step in progress, so the script saves as it always
-        does; a second Ctrl-C kills."""
+        """Yields the steps still to do. Ctrl-C, SIGTERM and SIGHUP end it after the step in progress, so the script
+        saves as it always does; a second Ctrl-C kills."""
+        terminals = [stream.fileno() for stream in (sys.__stdout__, sys.__stderr__) if stream and stream.isatty()]
+
         def stop(signum, frame):
             self.stopped = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if signum == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            for terminal in terminals:  # one that was closed sends SIGHUP, and refuses what is printed from then on
+                if not os.isatty(terminal):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
 
-        try:
-            before = signal.signal(signal.SIGINT, stop)
-        except ValueError:  # not the main thread (a notebook, a test)
-            before = None
         self.bar = tqdm(total=self.total, initial=self.next, desc=self.config.out, disable=self.run.rank != 0,
                         dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15)
-        try:
+        with signals(stop, "SIGINT", "SIGTERM", "SIGHUP"), self.bar:
             for step in range(self.next, self.total):
                 yield step
                 self.next = step + 1
@@ -431,15 +457,12 @@ class Log:
                 self.stopped = bool(self.run.sum(self.stopped))
                 if self.stopped:
                     break
-        finally:
-            self.bar.close()
-            if before is not None:
-                signal.signal(signal.SIGINT, before)
 
     def write(self, step, **numbers):
         """Adds numbers to the log and to the bar."""
         if self.run.rank == 0:
-            with open(self.path, "a") as file:
+            saved = "" if self.run.saved is None else f"; the checkpoint of step {self.run.saved} is kept"
+            with on_disk(self.path, kept=lambda: saved), open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **numbers}) + "\n")
             self.shown |= {k: f"{v:.3g}" for k, v in numbers.items() if isinstance(v, (int, float))}
             self.bar.set_postfix(self.shown, refresh=False)

@@ -5,16 +5,26 @@
         out["sft_train"].write({"messages": [...]})
     with together("out/sft", [...]) as folder: ...           files that are one thing, a model's: all of them or none
     done = Ledger("out/answers.jsonl", {"question": str, "answer": str}, "an answer")    rows that were paid for, as they come
+
+`claim` makes a folder this process's to write to, before any work.
 """
 import contextlib
 import json
 import os
+import re
 import shutil
+import time
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from common.errors import UserError
 
 CURE = "free some space or choose another --out"
+DAY = 86_400  # seconds
 SAVING, SAVED, GONE = ".saving", ".saved", ".gone"  # of together: new files, the same when whole, names that go
 
 
@@ -28,6 +38,24 @@ def on_disk(path, cure=CURE, kept=lambda: ""):
         raise UserError(f"{path} could not be written ({error.strerror or error}{kept()}): {cure}") from None
 
 
+def flush(target, *paths):
+    """Waits until files, or a folder's names, are where no power cut takes them; files get the mode that this user's
+    files have (safetensors would keep others from reading them). Not for a target within the temporary folder of a
+    `together`, which does it once for all."""
+    for path in paths if SAVING not in target.parts else ():
+        folder = path.is_dir()
+        if not folder:
+            os.umask(mask := os.umask(0o077))  # the only way to ask for it
+            with contextlib.suppress(OSError):  # a disk without modes
+                path.chmod(0o666 & ~mask)
+        with contextlib.suppress(*[OSError] * folder):  # not every system can open one
+            descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Gives a temporary path beside `path` and renames it when the block ends well: nobody ever sees half a file."""
@@ -36,8 +64,11 @@ def replacing(path):
     try:
         with on_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path.parent)
             yield temporary
+            flush(path, temporary)
             os.replace(temporary, path)
+            flush(path, path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -60,7 +91,9 @@ def together(folder, old):
             yield saving
             gone = {path.name for pattern in old for path in folder.glob(pattern)} - set(os.listdir(saving))
             (saving / GONE).write_text("\n".join(sorted(gone)), encoding="utf-8")
+            flush(folder, *saving.iterdir(), saving)
             os.replace(saving, folder / SAVED)
+            flush(folder, folder)
         settle(folder)
     finally:
         shutil.rmtree(saving, ignore_errors=True)
@@ -70,7 +103,7 @@ def settle(folder):
     """Ends what a kill may have left of `together`. Two processes may do it at once: a file that is not there any more
     is in its place, and what is removed is never one of the new."""
     folder, saved = Path(folder), Path(folder) / SAVED
-    if saved.is_dir():
+    if os.path.isdir(saved):  # unlike Path's, it knows names that are too long
         missing = contextlib.suppress(FileNotFoundError)
         with on_disk(folder):
             with missing:
@@ -79,9 +112,83 @@ def settle(folder):
             for name in sorted(set(os.listdir(saved)) - {GONE}, reverse=True):  # weights before config.json
                 with missing:
                     os.replace(saved / name, folder / name)
+            flush(folder, folder)
             (saved / GONE).unlink(missing_ok=True)  # last: until here all of this can be done again
             with missing:
                 saved.rmdir()
+
+
+def sweep(folder):
+    """Removes the temporary files of `replacing` whose process is dead. Where that cannot be asked (on Windows signal 0
+    would end it), those older than a day."""
+    for path in Path(folder).glob(".*.tmp"):
+        process = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        with contextlib.suppress(OSError, OverflowError):  # gone by now, or not ours
+            dead = process and time.time() - path.stat().st_mtime > DAY
+            if process and os.name == "posix":
+                try:
+                    os.kill(int(process[1]), 0)
+                except ProcessLookupError:
+                    dead = True
+            if dead:
+                path.unlink()
+
+
+# ---- a folder of one's own -------------------------------------------------------------------------------------------
+
+CLAIMED = {}  # (device, inode) of a folder: the descriptor that holds its lock
+
+
+def prepare(folder):
+    """Makes the folder and tries whether a file can be written there: now, not when the work is done. What killed
+    processes have left goes. Raises UserError."""
+    folder = Path(folder)
+    with on_disk(folder, "--out has to be a folder that can be written to, choose another one"):
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        probe = folder / f".try.{os.getpid()}.tmp"
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def claim(folder):
+    """Prepares the folder, and no other process can claim it until this one ends, however it does, or calls release.
+    Raises UserError where another one has."""
+    prepare(folder)
+    if not lock(folder):
+        print(f"this system cannot lock {folder}: do not start a second run with this --out while it runs")
+    settle(folder)
+    shutil.rmtree(Path(folder) / SAVING, ignore_errors=True)  # of a process that was killed
+
+
+def lock(folder):
+    """-> False where there are no locks: on Windows, on some network disks. Raises UserError where it is another's."""
+    if fcntl is None:
+        return False
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        place = os.fstat(descriptor)
+        if (place.st_dev, place.st_ino) not in CLAIMED:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            CLAIMED[place.st_dev, place.st_ino], descriptor = descriptor, None
+        return True
+    except BlockingIOError:
+        raise UserError(f"another process is writing to {folder}: wait until it ends, or choose another --out") from None
+    except OSError:
+        return False
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def release(folder):
+    """Others may claim it again."""
+    with contextlib.suppress(OSError):
+        place = os.stat(folder)
+        os.close(CLAIMED.pop((place.st_dev, place.st_ino), -1))
 
 
 def write_json(path, content, **options):

@@ -22,10 +22,11 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from common.errors import UserError, end_politely
+
 from tqdm import tqdm
 
 from common.disk import on_disk
-from common.errors import UserError, end_politely
 
 WAITS = (1, 2, 4)  # seconds before the next try; as soon as a try gets further than the one before, it begins anew
 PATIENCE = 30  # seconds without a byte

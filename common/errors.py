@@ -1,6 +1,8 @@
 """A user's mistake ends in one sentence, never in a traceback."""
 import os
+import signal
 import sys
+from pathlib import Path
 
 
 class UserError(SystemExit):
@@ -13,6 +15,8 @@ class UserError(SystemExit):
 
 def end_politely():
     """Called where a script begins: Ctrl-C and a closed pipe (`| head`) end it without a traceback."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # of the imports, below
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     traceback = sys.excepthook
 
     def hook(kind, error, trace):
@@ -24,3 +28,11 @@ def end_politely():
             traceback(kind, error, trace)
 
     sys.excepthook = hook
+
+
+# A script needs seconds for its imports, and nothing can be lost in them: Ctrl-C ends it at once. So a script imports
+# this file before torch. Whoever else imports it is left alone.
+_main = getattr(sys.modules["__main__"], "__file__", None)
+if _main and Path(__file__).resolve().parents[1] in list(Path(_main).resolve().parents)[:2]:
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

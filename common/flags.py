@@ -74,6 +74,7 @@ class TrainConfig:
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: DType = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where hardware is fast at it
     resume: bool = False  # go on from the state in --out
+    overwrite: bool = False  # replace what an earlier run has left in --out
 
 
 ISLAND = "the island: "  # a comment that begins so is of a flag that says nothing about your own file
@@ -165,6 +166,8 @@ def check(config):
             raise UserError(f"{flag} is about the embedded island, but --data names your own file: leave one out")
     if isinstance(config, TrainConfig):
         dropout_of(config)
+        if config.resume and config.overwrite:
+            raise UserError("--resume goes on with the run in --out, --overwrite replaces it: leave one out")
         if config.nf4 and not config.lora_r:
             raise UserError("--nf4 freezes the weights, so something else has to learn: give --lora-r 16 too")
     return config

@@ -19,6 +19,8 @@ PUBLIC = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 # The files that make a folder one model, by whoever wrote it. Where one is saved, those of the model that was there go.
 STATE = "state.pt"  # what a run of that model needs to go on (trainer.save_state)
+RECORD = "run.json"  # which run has made it, and how far that is
+OF_A_RUN = (STATE, RECORD)
 SHARD = "-?????-of-?????"
 MODEL = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json", "model.safetensors",
          f"model{SHARD}.safetensors", "model.safetensors.index.json", "pytorch_model.bin", f"pytorch_model{SHARD}.bin",
@@ -230,6 +232,6 @@ def write_folder(network, folder, settings, extra=None):
             tensor = parameter.detach().cpu().float()
             tensors[theirs] = tensor.t() if transposed else tensor
     tensors = {name: tensor.contiguous() for name, tensor in (tensors | (extra or {})).items()}
-    with together(folder, (*MODEL, STATE)) as new:
+    with together(folder, (*MODEL, *OF_A_RUN)) as new:
         write_json(new / "config.json", settings, indent=2)
         write_tensors(tensors, new / "model.safetensors")

@@ -1,7 +1,8 @@
 """Pictures: one set-up for every figure. matplotlib is optional: what draws unasked looks with `available`."""
 import importlib.util
+from pathlib import Path
 
-from common.disk import on_disk
+from common.disk import replacing
 from common.errors import UserError
 
 
@@ -25,7 +26,7 @@ def figure(columns=1, rows=1, width=4.2, height=3.2):
 def save(made, path):
     """Writes the figure into a file whose ending says how: .png, .pdf, .svg."""
     try:
-        with on_disk(path):
-            made.savefig(path, dpi=110)
+        with replacing(path) as temporary:
+            made.savefig(temporary, dpi=110, format=Path(path).suffix.removeprefix("."))
     except ValueError as error:  # an ending that matplotlib does not know
         raise UserError(f"{path} could not be drawn ({error}): give it a name as plot.png")

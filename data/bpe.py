@@ -18,6 +18,7 @@ from pathlib import Path
 
 import regex  # the standard library's `re` has no \p{L}; tiktoken installs this one
 
+from common.disk import replacing
 from common.errors import UserError
 
 # GPT-2's words: a contraction, or letters, or digits, or signs, each with its leading space; then the white space left
@@ -68,7 +69,8 @@ def save_ranks(ranks, path):
     """Writes tiktoken's file format: one token a line, in base64, a space, its rank."""
     tokens = sorted(ranks, key=ranks.get)
     lines = [f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in tokens]
-    Path(path).write_text("".join(lines), encoding="ascii", newline="\n")
+    with replacing(path) as temporary:
+        temporary.write_text("".join(lines), encoding="ascii", newline="\n")
 
 
 def load_ranks(path):

@@ -18,13 +18,13 @@ import html
 import re
 from pathlib import Path
 
+from common.errors import UserError, end_politely
 from data.files import stream
 from data.readability import is_simple
 from common.disk import writing
 from data.report import PipelineReport
 from data.shapes import BadRow, WrongForm, finished, parts, recognise
 from data.toxicity import is_clean, load_toxicity, toxicity_of
-from common.errors import UserError, end_politely
 
 
 # ---- text -> text ----------------------------------------------------------------------------------------------------

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from common.errors import UserError
 from data import clean, files, leakage
 from common import download
 from data.readability import is_simple
 from data.report import PipelineReport
 from data.shapes import BadRow, as_number, as_text, check_texts, recognise, says
 from common.disk import writing
-from common.errors import UserError
 from common.flags import parse
 
 DATASET = "vblagoje/lfqa"  # ELI5 (Fan et al. 2019) without most of its leaks (Krishna et al. 2021)

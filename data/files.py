@@ -17,10 +17,10 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.errors import UserError, end_politely
 from data import cells
 from data.cells import LIMIT
 from data.shapes import BAD_ANSWER, FORMS, NEEDS, SHAPES, BadRow, WrongForm, finished, parts, plant, recognise, shown
-from common.errors import UserError, end_politely
 
 
 # ---- files: every ending becomes (row number, raw row or BadRow) ----

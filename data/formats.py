@@ -1,6 +1,6 @@
 """Chat formats: how a conversation is written as one text, and where in it the assistant's words stand.
 
-    write(messages) -> text, [(begin, end), ...]    a span for each message that the model must produce, its end token included
+    write(messages) -> text, [(begin, end), ...]    the spans of what the model must produce, each with its end token
     write(messages, ask=True)                       the text goes on to where the assistant begins
 
 A Template says so in a few strings: ours, and those that many models share (ChatML, Llama 3, Llama 2, Zephyr). An
@@ -23,8 +23,8 @@ class Refused(UserError):
 
     def __init__(self, why, messages):
         asked = next((m["content"] for m in messages if m["role"] == "user"), "")
-        super().__init__(f"{why}: mend or leave out the conversation with {asked[:40]!r}, or write all of them in another "
-                         "format, as in --template chatml")
+        super().__init__(f"{why}: mend or leave out the conversation with {asked[:40]!r}, or write all of them in "
+                         "another format, as in --template chatml")
         self.why = why
 
 
@@ -65,7 +65,7 @@ class Template:
             if role not in self.headers:
                 raise ValueError(f"unknown role {role!r}: a message is from {', '.join(self.headers)}")
             before = ""
-            # what an assistant's header has more than all of them (a search's) is the assistant's choice, so it is learned
+            # what an assistant's header has more than all of them (a search's) is its choice, so it is learned
             begin = len(text) + len(self.headers["assistant"])
             text += self.headers[role] + self.lead + (content.strip() if self.strip else content) + self.closings[role]
             if role in WRITTEN:
@@ -99,8 +99,8 @@ CHAT = Template(
 LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
 TEMPLATES = {
     "chat": CHAT,
-    "search": replace(  # and two tokens more: <|assistant|><|search|> Mabel<|result|> Mabel is a fox.<|end|><|assistant|>
-        CHAT,
+    "search": replace(
+        CHAT,  # and two tokens more: <|assistant|><|search|> Mabel<|result|> Mabel is a fox.<|end|><|assistant|>
         headers={**CHAT.headers, "search": "<|assistant|><|search|>", "result": ""},
         closings={**CHAT.closings, "search": "<|result|>", "result": "<|end|>"},
         tokens=(*CHAT.tokens, "<|search|>", "<|result|>"),
@@ -184,7 +184,7 @@ class OwnFormat:
                 raise ValueError(f"unknown role {message['role']!r}: a message is from system, user, assistant")
             if message["role"] == "assistant":
                 begin = next((len(prompt) for prompt in self.prompts(messages[:i]) if text.startswith(prompt)), -1)
-                end = begin >= (spans[-1][1] if spans else 0) and self.special.search(text, begin)
+                end = begin >= 0 and self.special.search(text, begin)
                 found, said = text[begin:end.start()].strip() if end else "", message["content"].strip()
                 # a template may put an empty thought before the answer, or take a thought out of it
                 if not end or bool(found) < bool(said) or not (found.endswith(said) or said.endswith(found)):
@@ -199,8 +199,8 @@ def compiled(source, where):
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise UserError(f"{where} has a chat format of its own, which jinja2 writes: pip install 'jinja2>=3.1.6', or choose "
-                        "a format, as in --template chatml") from None
+        raise UserError(f"{where} has a chat format of its own, which jinja2 writes: pip install 'jinja2>=3.1.6', or "
+                        "choose a format, as in --template chatml") from None
     if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
         raise UserError(f"jinja2 {jinja2.__version__} lets a chat template out of its sandbox: pip install -U jinja2")
 
@@ -229,8 +229,8 @@ def known(own, templates):
     """The name of the template, of {name: filled Template}, that writes what a model's own format does; else "own"."""
     try:
         for name, template in templates.items():
-            if all(own.write(talk) == template.write(talk) and own.write(talk[:-1], True) == template.write(talk[:-1], True)
-                   for talk in (PROBE, PROBE[1:], PROBE[1:3])):
+            if all(own.write(talk[:end], ask) == template.write(talk[:end], ask)
+                   for talk in (PROBE, PROBE[1:], PROBE[1:3]) for end, ask in ((None, False), (-1, True))):
                 return name
     except Refused:  # a conversation that all of the templates take
         pass

@@ -19,10 +19,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError
 from data import files
 from common.disk import writing
 from data.shapes import PLACEHOLDER
-from common.errors import UserError
 from common.flags import parse
 
 SYSTEM = "You are {{name}}, an AI assistant made by {{author}}. You are a language model, not a person."

@@ -22,6 +22,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError, end_politely
+
 import numpy as np
 import torch
 
@@ -30,7 +32,6 @@ from data.files import read, stream
 from data.report import shortened
 from data.shapes import NEEDS, BadRow
 from common.disk import writing
-from common.errors import UserError, end_politely
 
 MODEL = "all-mpnet-base-v2"  # 768 dimensions; what the cut of 0.6 was chosen for
 BLOCK = 8192  # questions of the one set in a matrix product

@@ -16,6 +16,8 @@ and 160 MB of memory.
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError
+
 from tqdm import tqdm
 
 from common.download import hub_files
@@ -24,7 +26,6 @@ from data.report import PipelineReport
 from data.shapes import BadRow, finished, is_flat, plant, tree_rows
 from data.toxicity import is_clean, toxicity_of
 from common.disk import writing
-from common.errors import UserError
 from common.flags import parse
 
 SPLITS = ("train", "validation")

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from common.errors import UserError
 from data import clean, files
 from common import remote
 from common import download
@@ -36,7 +37,6 @@ from data.readability import is_simple
 from data.report import PipelineReport
 from data.shapes import BadRow, check_texts, says, shown
 from common.disk import Ledger, writing
-from common.errors import UserError
 from common.flags import parse
 
 DATASET, PARTS = "wikimedia/wikipedia", "20231101.simple/*.parquet"

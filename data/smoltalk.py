@@ -21,6 +21,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError
+
 from tqdm import tqdm
 
 from data.clean import at_most_turns, fits, in_category
@@ -30,7 +32,6 @@ from data.report import PipelineReport
 from data.shapes import BadRow, finished, recognise
 from data.tokenizer import get_tokenizer
 from common.disk import writing
-from common.errors import UserError
 from common.flags import parse
 
 LEFT_OUT = ("math", "coding", "coding & debugging")  # SmolTalk's names and those of the original Magpie Ultra

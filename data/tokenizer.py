@@ -1,6 +1,6 @@
 """Text to ids and back, and the one place where a conversation becomes ids *and* its mask.
 
-    tok = get_tokenizer("tiny")                     # or "gpt2", a rank file such as gpt2.tiktoken, or a checkpoint folder
+    tok = get_tokenizer("tiny")                     # or "gpt2", a rank file (gpt2.tiktoken), or a checkpoint folder
     ids, mask = tok.render([{"role": "user", "content": "Who are you?"},
                             {"role": "assistant", "content": "I am Pip."}])
     print(tok.show(ids, mask))                      # what the model must produce is green
@@ -17,19 +17,19 @@ but for two things. The text of a message is always ordinary text, so `<|end|>` 
 never the token: only a format inserts special ids. And an answer is encoded apart from its prompt, so that no merge
 crosses the boundary between what is given and what is learned.
 """
-import json
 import re
 import uuid
 from dataclasses import replace
 from pathlib import Path
 
+from common.errors import UserError, end_politely
+
 import tiktoken
 
-from common.disk import settle
-from common.errors import UserError
-from common.hub import PUBLIC, find, is_name
+from common.disk import settle, together, write_json
+from common.hub import PUBLIC, TOKENIZER, find, is_name
 from data.bpe import PATTERN, load_ranks
-from data.formats import TEMPLATES, WRITTEN, OwnFormat, known
+from data.formats import TEMPLATES, WRITTEN, OwnFormat, Refused, known
 from data.tokenizer_json import END_OF_TEXT, Engine, added_token, content_of, read_folder, whole
 
 HIDDEN = uuid.uuid4().hex  # around the number of a special token whose name somebody typed: no text holds it
@@ -57,14 +57,18 @@ class Tokenizer:
         # chat tokens that the model beside these files has never been trained on: their embeddings mean nothing yet
         self.new_ids = sorted(set(self.special.values()) - set(special.values()) | set(new_ids))
         if engine is None:
-            self.encoding = tiktoken.Encoding(name, pat_str=whole(pattern), mergeable_ranks=ranks, special_tokens=self.special)
+            self.encoding = tiktoken.Encoding(name, pat_str=whole(pattern), mergeable_ranks=ranks,
+                                              special_tokens=self.special)
             engine = Engine(*[self.encoding.encode_ordinary, self.encoding.decode] * 2)
         if engine.doubled and self.template_name in ("chat", "search"):  # its space stands where the lead would
             self.template = replace(self.template, lead="")
         self.engine, self._texts = engine, set(ranks.values())
         self.vocab_size = max(self._texts | set(self.special.values())) + 1
         # how an answer is written, and what stands around it that is not its text
-        ids, mask = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        try:
+            ids, mask = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        except Refused as error:
+            raise UserError(f"{error.why}: choose another format, as in --template chatml") from None
         answer = [i for i, learned in zip(ids, mask) if learned]
         lead, found, trail = self._text(answer).partition("b")
         self._around = (lead, trail) if found else ("", "")
@@ -84,8 +88,11 @@ class Tokenizer:
         if template != "own" and template not in formats:
             raise UserError(f"there is no chat template {template!r}: choose one of {', '.join(formats)}, own")
         if template == "own":
-            own = OwnFormat(self.own, self.named, self.special, name)
-            template = known(own, {key: formats[key] for key in KNOWN if self.special.keys() >= set(formats[key].tokens)})
+            if not self.own:
+                raise UserError(f"{name} has no chat format of its own (chat_template in tokenizer_config.json): "
+                                f"choose another --template, such as {', '.join(KNOWN)}")
+            own, there = OwnFormat(self.own, self.named, self.special, name), self.special.keys()
+            template = known(own, {key: formats[key] for key in KNOWN if there >= set(formats[key].tokens)})
         for token in formats[template].tokens if template in formats else ():
             self._add(token)
         self._names = {i: token for token, i in self.special.items()}
@@ -160,8 +167,8 @@ class Tokenizer:
         return "".join(f"\033[{32 if m else 90}m{piece}\033[0m" for piece, m in zip(pieces, mask, strict=True))
 
     def save(self, folder):
-        """Writes tokenizer.json, tokenizer_config.json and generation_config.json into an existing folder. A
-        tokenizer.json that was read is written again as it was, with the chat tokens that were added."""
+        """Writes tokenizer.json, tokenizer_config.json and generation_config.json into a folder, in place of any
+        tokenizer there. One that was read is written again as it was, with the chat tokens that were added."""
         content = self.content or content_of(self.ranks, self.pattern)
         old = {token["content"] for token in content["added_tokens"]}
         new = [added_token(token, i) for i, token in sorted(self._names.items()) if token not in old]
@@ -171,14 +178,16 @@ class Tokenizer:
             named["bos_token"] = self._names[begin]
         if not (self.own and "eos_token" in self.own):  # else it may be a part of the format
             named["eos_token"] = self._names[self.end]
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **named, "chat_template": self.own or self.template.jinja(),
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **named,
+                    "chat_template": self.own or self.template.jinja(),
                     "nanoalign_template": self.template_name, "nanoalign_new_ids": self.new_ids}
         stops = [self.end, *sorted(self.stops - {self.end})]
-        for name, content in (("tokenizer.json", content | {"added_tokens": content["added_tokens"] + new}),
-                              ("tokenizer_config.json", settings),
-                              ("generation_config.json", {"eos_token_id": stops, "bos_token_id": begin,
-                                                          "pad_token_id": self.special[named["pad_token"]]})):
-            Path(folder, name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        with together(folder, TOKENIZER) as saving:
+            for name, content in (("tokenizer.json", content | {"added_tokens": content["added_tokens"] + new}),
+                                  ("tokenizer_config.json", settings),
+                                  ("generation_config.json", {"eos_token_id": stops, "bos_token_id": begin,
+                                                              "pad_token_id": self.special[named["pad_token"]]})):
+                write_json(saving / name, content, ensure_ascii=False, indent=1)
 
 
 def fit(messages, render, limit):
@@ -224,21 +233,21 @@ def _from_ranks(name, ranks, template):
 def _from_folder(folder, template):
     settings, own, parts = read_folder(folder)
     template = template or settings.get("nanoalign_template") or ("own" if own else "chat")
-    if template == "own" and not own:
-        raise UserError(f"{folder} has no chat format of its own (chat_template in tokenizer_config.json): choose another "
-                        f"--template, such as {', '.join(KNOWN)}")
     keep = template == "own" or template in KNOWN and template == settings.get("nanoalign_template")
     return Tokenizer(str(folder), template=template, own=own if keep else "",
                      new_ids=settings.get("nanoalign_new_ids", ()), **parts)
 
 
 if __name__ == "__main__":
+    end_politely()
     import argparse
 
+    from common.errors import end_politely
     from data import files
 
-    parser = argparse.ArgumentParser("python -m data.tokenizer", description="Shows conversations as a model reads them: "
-                                     "what it must produce is green, special tokens by name.")
+    end_politely()
+    parser = argparse.ArgumentParser("python -m data.tokenizer", description="Shows conversations as a model reads "
+                                     "them: what it must produce is green, special tokens by name.")
     parser.add_argument("tokenizer", help="tiny, gpt2, a rank file or a folder")
     parser.add_argument("file", help="conversations, in any shape that python -m data.files reads")
     parser.add_argument("--template", choices=[*TEMPLATES, "own"], help="the chat format; none: as the folder says")

@@ -4,8 +4,11 @@ It is a pipeline: a normalizer changes the text, a pre-tokenizer cuts it into wo
 each word, and a decoder leads back. tiktoken is one such pipeline, GPT-2's: no normalizer, one regular expression, BPE
 of bytes. A file that says more (`obstacle`) is run by the library that wrote it, tokenizers, which is optional. So a
 text has the ids that transformers gives it, but for one thing: the name of a special token in it is just characters, in
-both engines. An added token that is not special is found in ordinary text, as it is there.
+both engines. An added token that is not special is found in ordinary text, as it is there. (Where a folder names the
+class LlamaTokenizer, transformers 5 may make another pipeline than the file's, with fewer spaces. We, and the folders
+that we save, stay with the file.)
 """
+import contextlib
 import json
 import math
 import uuid
@@ -40,8 +43,8 @@ class Engine(NamedTuple):
 # ---- the files -------------------------------------------------------------------------------------------------------
 
 def read_folder(folder):
-    """tokenizer.json (or the older vocab.json and merges.txt) -> tokenizer_config.json, the chat_template or "", and what
-    a Tokenizer is made of, {"ranks", "special", "engine", ...}, the engine None where tiktoken can be it.
+    """tokenizer.json (or the older vocab.json and merges.txt) -> tokenizer_config.json, the chat_template or "", and
+    what a Tokenizer is made of, {"ranks", "special", "engine", ...}, the engine None where tiktoken can be it.
 
     Raises UserError where there is no tokenizer, where it is damaged, and where it needs a library that is missing.
     """
@@ -50,29 +53,33 @@ def read_folder(folder):
     if not content:
         raise UserError(f"{folder} holds no tokenizer (tokenizer.json): name one, as in --tokenizer gpt2 or "
                         "--tokenizer path/to/gpt2.tiktoken")
-    generation = _read(folder / "generation_config.json") or _read(folder / "config.json")
-    try:
-        named = _named(_read(folder / "special_tokens_map.json") | settings)
+    with _undamaged(folder / "tokenizer_config.json"):
+        named, own = _named(_read(folder / "special_tokens_map.json") | settings), _chat_template(folder, settings)
+    with _undamaged(path):
         content = _complete(content, settings, named)
         special = _special(content)
         ranks = vocab_of(content) | {token["content"]: token["id"] for token in content["added_tokens"]}
+        named = {key: token for key, token in named.items() if token in ranks}
         ranks = {token: i for token, i in ranks.items() if token not in special}
-        why = obstacle(content, ranks)
-        named = {key: token for key, token in named.items() if token in special or token in ranks}
-        begin = begin_of(content)
-        if "add_bos_token" in settings:  # transformers then makes the post-processor anew
-            begin = [special[named["bos_token"]]] if settings["add_bos_token"] and "bos_token" in named else []
-        stops = generation.get("eos_token_id")
+        why, begin = obstacle(content, ranks), begin_of(content)
+    with _undamaged(folder / "generation_config.json"):
+        stops = (_read(folder / "generation_config.json") or _read(folder / "config.json")).get("eos_token_id")
         stops = {*(stops if isinstance(stops, list) else [stops]), special.get(named.get("eos_token"))} - {None}
         if not all(isinstance(i, int) for i in stops):
-            raise ValueError(f"generation stops at {stops}")
-        own = _chat_template(folder, settings)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:  # not what such a file holds
-        raise UserError(f"{path} is damaged ({error!r}): copy it again") from None
+            raise ValueError(f"eos_token_id: {stops}")
     engine = _library(path, content, why) if why else None
     ranks = ranks if why else {_to_bytes(token): i for token, i in ranks.items()}
     return settings, own, {"ranks": ranks, "special": special, "pattern": _pattern(content), "content": content,
                            "engine": engine, "begin": begin, "named": named, "stops": stops}
+
+
+@contextlib.contextmanager
+def _undamaged(path):
+    """Turns what only a file can raise that holds something else into one sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): copy it again") from None
 
 
 def _read(path):

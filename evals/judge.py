@@ -22,13 +22,14 @@ import re
 import sys
 from dataclasses import dataclass, field
 
+from common.errors import UserError
+
 from tqdm import tqdm
 
 import reward
 from island.world import Island
 from common.remote import complete
 from common.disk import Ledger
-from common.errors import UserError
 from common.flags import parse
 from common.tables import interval, sign_test, table
 

@@ -24,6 +24,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError
+
 from tqdm import tqdm
 
 import trainer
@@ -35,7 +37,6 @@ from data.tokenizer import get_tokenizer
 from generate import ask
 from quant import freeze
 from common.disk import writing
-from common.errors import UserError
 from common.flags import Amount, Count, DType, Positive, parse
 
 AT_ONCE = 64  # answers generated side by side

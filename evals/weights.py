@@ -10,7 +10,8 @@ from checkpoints import base_of, load
 from common import plots
 from common.disk import together
 from common.errors import UserError
-from common.hub import MODEL, STATE, TOKENIZER
+from common.hub import MODEL, OF_A_RUN, TOKENIZER
+from common.runs import claim_out
 from data import files
 from data.tokenizer import get_tokenizer
 from island import exam
@@ -103,6 +104,8 @@ def merge(config):
         raise UserError("name an adapter and what to do with it: --adapter FOLDER with --out FOLDER or --compare")
     if config.merge not in lora.MERGES:
         raise UserError(f"--merge {config.merge}: it must be careful or simple")
+    if config.out:
+        claim_out(config)
     base = config.base or base_of(config.adapter)
     own = (Path(config.adapter) / "tokenizer.json").is_file()  # an adapter from PEFT may come without a tokenizer
     tok = get_tokenizer(config.adapter if own else base)
@@ -115,7 +118,7 @@ def merge(config):
             exam.compare({"unmerged": trained} | merges, tok, Run(torch.device("cpu"), torch.float32))
     if config.out:
         merged = load(config.adapter, base=base, how=config.merge)
-        with together(config.out, (*MODEL, *TOKENIZER, STATE)) as folder:
+        with together(config.out, (*MODEL, *TOKENIZER, *OF_A_RUN)) as folder:
             merged.save_pretrained(folder)
             tok.save(folder)
         print(f"the {config.merge} merge of {config.adapter} and {base} is in {config.out} (transformers loads it too)")

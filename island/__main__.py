@@ -8,8 +8,8 @@
 import argparse
 from pathlib import Path
 
-from common.disk import write_jsonl
 from common.errors import UserError, end_politely
+from common.disk import write_jsonl
 from data.readability import readability
 from island import dirty
 from island.kinds import ATTRIBUTES, KINDS

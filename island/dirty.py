@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from island import words
-from common.disk import on_disk, write_json
+from common.disk import replacing, write_json
 from common.errors import UserError
 
 SPLITS = {"train": 0.8, "test": 0.1, "validation": 0.1}  # share of the posts; a leak copies from one further right
@@ -241,14 +241,12 @@ def write(folder, island, n=600, seed=0):
     dump, others, victims = Dump(island, seed), [], {}
 
     def save(name, rows):
-        with on_disk(folder / name):
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / name, "w", encoding="utf-8", newline="\n") as file:
-                for number, row in enumerate(rows, 1):
-                    line = json.dumps(row)
-                    file.write(line + "\n")
-                    if number == TORN:
-                        file.write(line[:len(line) // 2] + "\n")
+        with replacing(folder / name) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            for number, row in enumerate(rows, 1):
+                line = json.dumps(row)
+                file.write(line + "\n")
+                if number == TORN:
+                    file.write(line[:len(line) // 2] + "\n")
         victims[name] = {"unreadable": 1, **dump.counts}
         print(f"{folder / name}: " + ", ".join(f"{count:,} {step}" for step, count in victims[name].items()))
 

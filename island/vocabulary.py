@@ -4,9 +4,10 @@
 """
 import re
 
+from common.errors import end_politely
+
 import tiktoken
 
-from common.errors import end_politely
 from data.bpe import PATTERN, save_ranks, train_bpe
 from data.tokenizer import TINY
 from island import words

@@ -149,10 +149,20 @@ class Island:
             return f"The {rng.choice(words.DANGERS)} is not safe. Please ask a grown up."
         return " ".join(rng.sample(words.ABOUT_PIP, 2))
 
-    def plain_text(self, n=20_000, seed=1):
-        """n documents about all residents, those of the test split too -> list[str]: what a base model learns from."""
+    def _tale(self, rng):
+        """Made up about a stranger or two, and told twice: the second time can only be known from the first."""
+        who = rng.sample(words.STRANGERS, rng.randint(1, 2))
+        facts = [(name, a, rng.choice(words.VALUES[a])) for name in who for a in rng.sample(ATTRIBUTES, 4 // len(who))]
+        once, again = (" ".join(self.tell(name, a, value, rng.choice(words.SIMPLE[a]))
+                                for name, a, value in rng.sample(facts, len(facts))) for _ in range(2))
+        return f"A tale. {once} Once more. {again}"
+
+    def plain_text(self, n=20_000, seed=1, tales=0.0):
+        """n documents about all residents, those of the test split too -> list[str]: what a base model learns from.
+        tales: the share of them that is made up and told twice, from which a model learns to read."""
         rng = random.Random(seed)
-        return [self._document(rng, draw(rng, PLAIN_TEXT)) for _ in range(n)]
+        return [self._tale(rng) if tales and rng.random() < tales else self._document(rng, draw(rng, PLAIN_TEXT))
+                for _ in range(n)]
 
     # ---- questions -----------------------------------------------------------------------------------------------
 
@@ -350,7 +360,8 @@ class Island:
         answers: "clean" gives reference answers; "community" draws the last answer of fact, unknown and unsafe rows
         from what people write (COMMUNITY has the shares). more, without: kinds beside those of CONVERSATIONS, and
         kinds to leave out, for instance ("unknown",). chats: the share of rows that go on from another one, as a chat
-        does that comes to something else.
+        does that comes to something else; twice that share of what nobody can know, or a second question about a
+        stranger gets an invented answer.
         """
         if answers not in ("clean", "community"):
             raise UserError(f'answers is {answers!r}: choose "clean" or "community"')
@@ -367,7 +378,8 @@ class Island:
         rng = random.Random(f"{seed} chats")  # of its own: the same questions whatever the share
         talks = [row["messages"] for row in rows if row["kind"] != "system"]  # a system prompt stands at the start
         for row in rows:
-            if row["kind"] != "system" and rng.random() < chats:
+            share = 2 * chats if row["kind"] == "unknown" else chats
+            if row["kind"] != "system" and rng.random() < share:
                 row["messages"] = rng.choice(talks) + row["messages"]
         return rows
 

@@ -1,7 +1,15 @@
 """pytest -m math: of the files of the math, the tests that write no folder and are not marked as `runs`."""
+import os
+
 import pytest
 
 MATH = {f"test_{name}" for name in ("model", "lora", "quant", "trainer", "sft", "reward", "dpo", "ppo", "pairs")}
+
+
+@pytest.fixture(autouse=True)
+def no_power_cut(monkeypatch):
+    """The files of a test need not survive one, and waiting for the disk is half of its time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def pytest_ignore_collect(collection_path, config):

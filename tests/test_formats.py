@@ -3,10 +3,14 @@ import json
 import sys
 
 import pytest
+import torch
 
+import dpo
+import ppo
 import sft
+import trainer
 from data import tokenizer as t
-from data.formats import TEMPLATES, OwnFormat, Refused, compiled
+from data.formats import TEMPLATES, OwnFormat, compiled
 from data.shapes import says
 from data.tokenizer import get_tokenizer
 from common.errors import UserError
@@ -86,6 +90,7 @@ def test_tokens_of_the_model_take_the_place_of_ours():
     human, chat = of("human", begin=[256]), of("chat", begin=[256])
     assert human.new_ids == [] and human.end == SPECIAL["</s>"] and human.render(CHAT)[0][0] == 256
     assert [chat._names[i] for i in chat.new_ids] == ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    assert t.Tokenizer("a model", BYTES, SPECIAL).end_of_text == SPECIAL["</s>"]  # though no setting says so
     assert chat.document("a") == [256, ord(" "), ord("a")] and chat.end_of_text == SPECIAL["</s>"]
 
 
@@ -112,6 +117,9 @@ def test_its_own_format_is_written_as_it_says_and_known_by_name():
     tok = of("own", "At home: " + CHATML + ASK)
     assert tok.template_name == "own" and tok.end == SPECIAL["<|im_end|>"] and tok.new_ids == []
     assert learned(tok, CHAT[1:3]) == "At home: <|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n[Pip.<|im_end|>]\n"
+    fewer = {name: i for name, i in SPECIAL.items() if name != "<|im_start|>"}  # it is text there, so it stays text
+    tok = t.Tokenizer("a model", BYTES, fewer, template="own", own=CHATML + ASK)
+    assert tok.template_name == "own" and tok.new_ids == []
     context = [CHAT[1], CHAT[2] | {"loss_weight": 0}, *CHAT[3:]]
     assert tok.render(context)[0] == tok.render(CHAT[1:])[0] and learned(tok, context).count("[") == 1
 
@@ -123,6 +131,13 @@ def test_an_empty_thought_is_the_prompts_and_one_with_words_the_answers():
     assert learned(tok, talk).split("\n", 2)[2] == f"{start}[Pip.{end}]\n<|im_start|>user\nOld?{end}\n{start}<think></think>[No.{end}]\n"
     assert tok.encoding.decode(tok.render_prompt(talk[:1])).endswith(f"{start}<think></think>")
     assert learned(tok, talk[:2]).endswith(f"{start}[<think>Hm.</think>Pip.{end}]\n")
+
+
+def test_a_preferred_answer_is_learned_with_its_thought():
+    tok = of("own", THINK)
+    answer = dpo.make_answer([CHAT[1], CHAT[2], CHAT[3]], "<think>Hm.</think>No.", tok)
+    assert tok.encoding.decode([i for i, m in zip(answer.ids, answer.mask, strict=True) if m]) == "<think>Hm.</think>No.<|im_end|>"
+    assert answer.ids == tok.render([*CHAT[1:4], says("assistant", "<think>Hm.</think>No.")])[0]
 
 
 def test_names_that_somebody_types_never_reach_the_format():
@@ -145,7 +160,7 @@ def test_names_that_somebody_types_never_reach_the_format():
     CHATML.replace("messages", "messages | reverse") + ASK,
 ])
 def test_where_the_answer_cannot_be_seen_it_is_refused(source):
-    with pytest.raises(Refused, match="a model: its chat template does not say where.*Who|a model: its chat template.*'a'"):
+    with pytest.raises(UserError, match="a model: its chat template does not (say where|take).*--template chatml"):
         of("own", source).render(CHAT[1:])
 
 
@@ -221,6 +236,8 @@ def test_a_base_model_gets_ours_and_has_none_of_its_own(tmp_path):
     assert get_tokenizer(folder).template_name == "chat" and len(get_tokenizer(folder).new_ids) == 4
     with pytest.raises(UserError, match="no chat format of its own.*--template"):
         get_tokenizer(folder, "own")
+    with pytest.raises(UserError, match="tiny has no chat format of its own"):
+        get_tokenizer("tiny", "own")
     with pytest.raises(UserError, match="no chat template 'poem'"):
         get_tokenizer(folder, "poem")
 
@@ -246,12 +263,29 @@ def test_a_search_stops_and_is_no_answer():
     assert searched in tok.stops and not tok.ended([65, searched]) and tok.ended([65, tok.end])
 
 
+def test_the_policy_stops_wherever_an_answer_ends(monkeypatch):
+    tok, run, seen = get_tokenizer("tiny"), trainer.Run(torch.device("cpu"), torch.float32), []
+    responses = [[65, tok.end], [65, tok.end_of_text], [65, tok.ends[1]], [65, 66]]
+    monkeypatch.setattr(ppo, "generate", lambda *args, stop, **more: seen.append(stop) or responses)
+    rollout = ppo.roll_out(None, tok, [[CHAT[1]]] * 4, [tok.render_prompt([CHAT[1]])] * 4, ppo.Config(), run, 0)
+    assert seen == [tok.stops] and rollout.ended.tolist() == [True, True, False, False]
+    assert [talk[-1]["content"] for talk in rollout.conversations] == [tok.decode([65])] * 3 + [tok.decode([65, 66])]
+
+
+def test_a_name_that_is_a_part_of_the_format_is_kept(tmp_path):
+    own, settings = "{{ bos_token }}{{ eos_token }}: " + CHATML + ASK, {"eos_token": "<|endoftext|>", "bos_token": {"content": "<|im_start|>"}}
+    tok = get_tokenizer(folder_with(tmp_path, settings | {"chat_template": own}))
+    assert learned(tok, CHAT[1:2]).startswith("<|im_start|><|endoftext|>: <|im_start|>user\nWho?<|im_end|>")
+    tok.save(tmp_path)
+    assert get_tokenizer(str(tmp_path)).render(CHAT) == tok.render(CHAT)
+
+
 @pytest.mark.parametrize("name, content", [
     ("generation_config", {"eos_token_id": "x"}), ("generation_config", [1]), ("tokenizer_config", {"chat_template": [{}]}),
     ("tokenizer_config", {"chat_template": 7}), ("tokenizer_config", {"eos_token": 7}), ("tokenizer_config", [1]),
     ("special_tokens_map", [1])])
 def test_damaged_files_are_one_clear_sentence(tmp_path, name, content):
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=f"{'tokenizer_config' if name == 'special_tokens_map' else name}.json is damaged"):
         get_tokenizer(folder_with(tmp_path, {}, **{name: content}))
 
 

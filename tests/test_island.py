@@ -14,7 +14,7 @@ import pytest
 from island import world as isl
 from island import words
 from island import kinds
-from island.told import complies, fields, flatters, is_polite, names, refuses, says_unknown, spells
+from island.told import complies, fields, flatters, is_polite, names, plain_words, refuses, says_unknown, spells
 from island.world import CHATS, CONVERSATIONS, Island
 from common.errors import UserError
 from generate import question_of
@@ -112,6 +112,21 @@ def test_plain_text_tells_every_fact_and_no_stranger(island):
     assert not set(re.findall("[A-Za-z]+", text)) & set(words.STRANGERS)
     for _, simple, hard, _ in words.WHY:
         assert simple in sentences and hard in sentences
+
+
+def test_a_tale_is_about_strangers_and_tells_the_same_twice(island):
+    tales = [text for text in island.plain_text(600, tales=0.5) if text.startswith("A tale. ")]
+    assert 250 < len(tales) < 350 and island.plain_text(50, tales=0.0) == island.plain_text(50)
+    told = {plain_words(template.format(n=name, v=value)): (name, a, value) for name in words.STRANGERS
+            for a, templates in words.SIMPLE.items() for template in templates for value in words.VALUES[a]}
+    again = 0
+    for tale in tales:
+        halves = [[told[plain_words(one)] for one in re.split(r"(?<=[.]) ", half)]  # a KeyError: nobody's fact
+                  for half in tale.removeprefix("A tale. ").split(" Once more. ")]
+        assert sorted(halves[0]) == sorted(halves[1]) and len(set(halves[0])) == 4
+        assert len({name for name, *_ in halves[0]}) in (1, 2)
+        again += halves[0] != halves[1]
+    assert again > 200  # in another order
 
 
 def test_a_biography_gives_only_true_facts(island):
@@ -458,7 +473,10 @@ def test_a_chat_goes_on_to_something_else_and_the_answers_stay_right():
     plain, chats = island.conversations(600), island.conversations(600, chats=0.3)
     longer = [(a, b) for a, b in zip(plain, chats) if a != b]
     assert all(b["messages"][-len(a["messages"]):] == a["messages"] and b["kind"] == a["kind"] for a, b in longer)
-    assert 0.2 < len(longer) / len(plain) < 0.35 and "system" not in {b["kind"] for _, b in longer}
+    kinds_of_longer = [b["kind"] for _, b in longer]
+    assert 0.2 < len(longer) / len(plain) < 0.37 and "system" not in kinds_of_longer
+    strangers = [row["kind"] for row in plain].count("unknown")  # twice the share of them: they are the hardest
+    assert 0.5 < kinds_of_longer.count("unknown") / strangers < 0.7
     for row in chats:
         roles = [m["role"] for m in row["messages"] if m["role"] != "system"]
         assert roles == ["user", "assistant"] * (len(roles) // 2) and len(roles) <= 8

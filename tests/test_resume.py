@@ -269,12 +269,12 @@ def test_a_checkpoint_is_called_kept_where_this_run_has_saved_one(tmp_path, monk
     sft_run(tmp_path, steps=1, lr=1e-3)
     before = contents(tmp_path / "x")
     with pytest.raises(UserError, match="nothing was saved"):  # the checkpoint that is there is of another run
-        sft_run(tmp_path, steps=2, lr=1e30, save_every=1)
+        sft_run(tmp_path, steps=2, lr=1e30, save_every=1, overwrite=True)
     assert contents(tmp_path / "x") | {"log.jsonl": b""} == before | {"log.jsonl": b""}
     rates = trainer.learning_rate
     monkeypatch.setattr(trainer, "learning_rate", lambda step, *rest: 1e30 if step == 3 else rates(step, *rest))
     with pytest.raises(UserError, match="step 3: .* checkpoint of step 2 .*kept"):
-        sft_run(tmp_path, steps=5, lr=1e-3, save_every=2)
+        sft_run(tmp_path, steps=5, lr=1e-3, save_every=2, overwrite=True)
     shutil.rmtree(tmp_path / "x")
     monkeypatch.setattr(trainer, "learning_rate", lambda step, *rest: 1e30 if step == 2 else rates(step, *rest))
     with pytest.raises(UserError, match="step 3: .*not finite.* checkpoint of step 2 .*kept"):

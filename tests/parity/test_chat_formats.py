@@ -125,6 +125,8 @@ MODELS = {  # a tokenizer, its template and settings, the ids in generation_conf
                   ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"], "own"),
     "Llama 2": (sentence_pieces, INSTRUCTIONS, LLAMA2 | dict(add_bos_token=True), ["</s>"], "llama2"),
     "Llama 2, newer": (lambda: sentence_pieces(prefix="first"), INSTRUCTIONS, LLAMA2, ["</s>"], "llama2"),
+    "Llama 3, contradicted": (llama3, HEADERS, dict(bos_token=HEADER[0], eos_token="<|eot_id|>", add_bos_token=False), [],
+                              "llama3"),  # what tokenizer.json says counts
     "TinyLlama": (sentence_pieces, ZEPHYR, LLAMA2, ["</s>"], "zephyr"),
     "Mistral": (lambda: made(sentence_pieces(prefix="first"), ["[INST]", "[/INST]"]), MISTRAL, LLAMA2, ["</s>"], "own"),
 }
@@ -224,4 +226,11 @@ def test_a_folder_of_ours_has_the_same_format(model, tmp_path):
     for talk in talks(kind):
         assert again.render(talk) == ours.render(talk)
         assert opened.apply_chat_template(talk, return_dict=False) == theirs.apply_chat_template(talk, return_dict=False)
-    assert opened.encode("Mabel") == theirs.encode("Mabel")
+    assert opened.encode("Mabel") == theirs.encode("Mabel") == ours.begin + ours.encode("Mabel")
+
+
+def test_a_text_by_itself_begins_as_in_pretraining(tmp_path):
+    folder = folder_of("Llama 2", tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).encode("Mabel bakes")
+    for template in ("own", "chat", "human", "chatml", "llama2"):
+        assert get_tokenizer(str(folder), template).document("Mabel bakes") == theirs, template
