@@ -5,6 +5,7 @@
     python bench.py ppo        an iteration: roll out, score, estimate, one epoch of updates (beside TRL's RLOOTrainer)
     python bench.py generate   greedy answers to ragged prompts (beside transformers' generate)
     python bench.py nf4        4-bit weights: quantize, dequantize, what a frozen layer keeps (beside bitsandbytes)
+    python bench.py memory     peaks of generating and of QLoRA at public shapes (beside transformers, PEFT, bitsandbytes)
 
     python bench.py sft --shape tiny --data my.jsonl --tokenizer gpt2     your rows, GPT-2's tokens, the tiny shape only
 
@@ -15,9 +16,11 @@ import argparse
 import functools
 
 from common.errors import UserError, end_politely
-from evals.benches import SHAPES, bench_dpo, bench_generate, bench_nf4, bench_ppo, bench_sft, machine
+from evals.benches import (LARGE, SHAPES, bench_dpo, bench_generate, bench_memory, bench_nf4, bench_ppo, bench_sft,
+                           machine)
 
-COMMANDS = {"sft": bench_sft, "dpo": bench_dpo, "ppo": bench_ppo, "generate": bench_generate, "nf4": bench_nf4}
+COMMANDS = {"sft": bench_sft, "dpo": bench_dpo, "ppo": bench_ppo, "generate": bench_generate, "nf4": bench_nf4,
+            "memory": bench_memory}
 
 
 def main(argv=None):
@@ -28,8 +31,9 @@ def main(argv=None):
     number("--batch-size", default=0, help="rows at a time; 0: 8 for sft and dpo, 64 for ppo, 16 for generate")
     number("--steps", default=8, help="optimizer steps in one round of sft or dpo (default 8)")
     number("--new-tokens", default=0, help="tokens added to each prompt; 0: 64 for generate, 28 for ppo")
-    parser.add_argument("--shape", choices=SHAPES,
-                        help="small: GPT-2 small; tiny: 4 layers of width 128; empty: both, for ppo tiny")
+    parser.add_argument("--shape", choices=[*SHAPES, *LARGE],
+                        help="small: GPT-2 small; tiny: 4 layers of width 128; empty: both, for ppo tiny; the others are "
+                        "for memory, empty: both")
     parser.add_argument("--data", default="", help="your rows, as for sft.py, dpo.py and ppo.py; empty: the island's")
     parser.add_argument("--tokenizer", default="", help="as for sft.py; empty: gpt2 with --data, else tiny")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu; auto: the first there is")
@@ -39,6 +43,9 @@ def main(argv=None):
     for name, least in {"rounds": 1, "batch_size": 0, "steps": 1, "new_tokens": 0}.items():
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
+    if args.shape and (args.shape in LARGE) != (args.command == "memory") or args.shape and args.command == "nf4":
+        raise UserError(f"--shape {args.shape} is no shape of {args.command}: memory takes {' or '.join(LARGE)}, the "
+                        f"others {' or '.join(SHAPES)}, nf4 none")
     print(machine() + "\n")
     COMMANDS[args.command](args)
 

@@ -211,11 +211,11 @@ class Llama(Network):
         except ValueError as error:
             raise UserError(f"{folder}/config.json cannot be: {error}")
 
-    def save_pretrained(self, folder, extra=None):
+    def save_pretrained(self, folder, extra=None, dtype=torch.float32):
         settings = {KEYS.get(name, name): value for name, value in asdict(self.config).items() if name not in OURS}
         settings |= {"architectures": [f"{self.config.family.capitalize()}ForCausalLM"], "hidden_act": "silu",
                      "sliding_window": None, "use_sliding_window": False, "bos_token_id": None, "eos_token_id": None}
-        hub.write_folder(self, folder, settings | {"dtype": "float32"}, extra)
+        hub.write_folder(self, folder, settings, extra, dtype)
 
 
 KEYS = {"block_size": "max_position_embeddings", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",

@@ -292,7 +292,7 @@ class GPT(Network):
                     "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
                     "tie_word_embeddings": True, "resid_pdrop": c.layer_dropout(c.n_layer - 1),
                     "embd_pdrop": c.layer_dropout(0), "attn_pdrop": c.attention_dropout, "bias": c.bias,
-                    "bos_token_id": None, "eos_token_id": None, "dtype": "float32"}
+                    "bos_token_id": None, "eos_token_id": None}
         zeros = {}
         if not c.bias:  # transformers' GPT-2 has no such option
             sizes = {path: layer.weight.size(0) for path, layer in self.named_modules()

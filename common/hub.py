@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -222,16 +223,16 @@ def read_weights(network, folder, linear=None):
     return network
 
 
-def write_folder(network, folder, settings, extra=None):
-    """config.json with these settings, and model.safetensors with the network's tensors, float32, and extra's."""
+def write_folder(network, folder, settings, extra=None, dtype=torch.float32):
+    """config.json with these settings, and model.safetensors with the network's tensors, in dtype, and extra's."""
     tensors = {}
     for ours, (theirs, transposed) in network.hf_names().items():
         path, _, name = ours.rpartition(".")
         parameter = getattr(network.get_submodule(path), name)
         if parameter is not None:
-            tensor = parameter.detach().cpu().float()
+            tensor = parameter.detach().cpu().to(dtype)
             tensors[theirs] = tensor.t() if transposed else tensor
     tensors = {name: tensor.contiguous() for name, tensor in (tensors | (extra or {})).items()}
     with together(folder, (*MODEL, *OF_A_RUN)) as new:
-        write_json(new / "config.json", settings, indent=2)
+        write_json(new / "config.json", settings | {"dtype": str(dtype).removeprefix("torch.")}, indent=2)
         write_tensors(tensors, new / "model.safetensors")
