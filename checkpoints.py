@@ -89,12 +89,9 @@ def frozen_as(config):
     return NF4Linear if config.nf4 else freeze if config.lora_r else None
 
 
-def load_init(config, run, stage=None, **settings):
+def load_init(config, run):
     """-> model, ready to train, and tokenizer of --init. With --lora-r adapters are added and all else is frozen, as it
-    is in its file, or with --nf4 in four bits, layer by layer as it is read. stage, settings: the earlier script, and
-    its flags, that makes --init where that is the default of config's script and not there yet."""
-    if stage and config.init == type(config).init:
-        trainer.ensure(config.init, stage, config, run, **settings)
+    is in its file, or with --nf4 in four bits, layer by layer as it is read."""
     model = load(config.init, dropout=dropout_of(config), checkpointing=config.checkpointing, linear=frozen_as(config))
     tok = get_tokenizer(config.tokenizer or config.init, config.template or None)
     resize_vocab(model, tok.vocab_size)

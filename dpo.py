@@ -34,6 +34,7 @@ import sft
 import trainer
 from checkpoints import load_init, save_checkpoint
 from common.flags import Amount, parse
+from common.waits import bar
 from data.pairs import NOTHING_HELD, RankedConfig, answered, choose_pairs, load_ranked
 from generate import sample_text
 from island import exam
@@ -137,7 +138,7 @@ def logps_of(model, pairs, run, config):
     """{answer: its log p, a number} for all answers in the pairs, each computed once however many pairs it is in."""
     answers, found = list(dict.fromkeys(answer for pair in pairs for answer in pair)), {}
     model.eval()  # with dropout a log-probability would be a random number
-    for part in trainer.split(answers, lambda answer: len(answer.ids), config.micro_tokens):
+    for part in bar(trainer.split(answers, lambda answer: len(answer.ids), config.micro_tokens), "log-probabilities"):
         ids, mask = trainer.pad([(answer.ids, answer.mask) for answer in part], run.device)
         with run.autocast():
             found |= zip(part, answer_logps(model, ids, mask, config.loss == "ipo").tolist())
@@ -185,6 +186,10 @@ def evaluate(model, pairs, run, config):
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
+# what must be there before; what a run costs (common/waits.py)
+NEEDS, COSTS = {"init": (sft, {"answers": "community"})}, (0.2, 150, 10)
+
+
 @dataclass
 class Config(RankedConfig):
     out: str = "out/dpo"  # folder for the checkpoint and log.jsonl
@@ -221,8 +226,9 @@ def dpo_step(model, pairs, config, run):
 def main(config):
     check_loss(config.beta, config.label_smoothing, config.loss)
     run = trainer.start(config)
+    trainer.prepare(config, run)
     train_rows, held_rows, island = load_ranked(config, Island, run.print)
-    model, tok = load_init(config, run, sft, answers="community")
+    model, tok = load_init(config, run)
     longest = model.config.block_size + 1  # the last token is only a target
     train = make_examples(train_rows, tok, longest, config, run.print)
     held = make_examples(held_rows, tok, longest, config, run.print, needed=False)
@@ -241,7 +247,7 @@ def main(config):
 
     optimizer = trainer.adamw(model, config)
     first = trainer.load_state(config, run, steps, model, optimizer)
-    log = trainer.Log(config, run, first, steps)
+    log = trainer.Log(config, run, first, steps, bar=("loss", "accuracy", "margin"))
     for step in log.steps():
         trainer.begin_step(step, steps, optimizer, config, run)
         means = dpo_step(model, [train[i] for i in batches[step]], config, run)

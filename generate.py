@@ -19,6 +19,7 @@ import torch
 import trainer
 from checkpoints import load, load_to_ask
 from common.flags import Amount, Count, DType, Positive, Probability, TrainConfig, parse
+from common.waits import bar
 from data.shapes import says
 from data.tokenizer import fit, get_tokenizer
 from model import Cache
@@ -32,9 +33,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0
     stop: an id or several. A row ends there, after max_new_tokens, or at the end of the context; the others go on.
     temperature 0 is greedy. Raises UserError for a prompt that is empty or leaves no room in the context.
     """
-    new = [[] for _ in prompts]
-    for tokens in stream(model, prompts, max_new_tokens, temperature, top_p, top_k, stop, seed):
-        for row, token in tokens:
+    new, longest = [[] for _ in prompts], min(max_new_tokens, model.config.block_size)
+    tokens = stream(model, prompts, max_new_tokens, temperature, top_p, top_k, stop, seed)
+    for some in bar(tokens, f"{len(prompts):,} answer{'s' * (len(prompts) != 1)}", longest):
+        for row, token in some:
             new[row].append(token)
     return new
 

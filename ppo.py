@@ -302,6 +302,10 @@ def check_ratio(logps, old_logps, mask, step, run):
 
 # ---- from start to end -----------------------------------------------------------------------------------------------
 
+# what must be there before; what a run costs (common/waits.py)
+NEEDS, COSTS = {"init": (sft, {"answers": "community"}), "reward": (reward_model, {})}, (1.2, 50, 12)
+
+
 @dataclass
 class Config(TrainConfig):
     epochs: ClassVar[float] = 0.0  # --steps says how long
@@ -365,9 +369,7 @@ def load_prompts(config, tok, block_size, say):
 
 def load_models(config, run):
     """-> tokenizer, policy, reference (called, gives the frozen model within `with`), and value model."""
-    policy, tok = load_init(config, run, sft, answers="community")
-    if config.reward == Config.reward:
-        trainer.ensure(config.reward, reward_model, config, run)
+    policy, tok = load_init(config, run)
     if config.lora_r:  # one set of base weights is both: without its adapters the policy is the SFT model
         def reference():
             return lora.lora_off(policy)
@@ -410,6 +412,7 @@ def main(config):
         raise UserError("ppo.py runs in one process: start it without torchrun")
     if config.temperature <= 0:
         raise UserError(f"--temperature {config.temperature:g}: PPO learns from samples, so it must be above 0")
+    trainer.prepare(config, run)
     tok, policy, reference, value = load_models(config, run)
     questions, prompts, island = load_prompts(config, tok, policy.config.block_size, run.print)
     scorer = load_scorer(config, run, island)
@@ -423,7 +426,7 @@ def main(config):
     optimizers = [trainer.adamw(model, config) for model in (policy, value)]
     both = nn.ModuleDict({"policy": policy, "value": value})
     first = trainer.load_state(config, run, config.steps, both, *optimizers, extra=adaptive)
-    log = trainer.Log(config, run, first, config.steps)
+    log = trainer.Log(config, run, first, config.steps, bar=("score", "gold", "kl", "length"))
 
     def save(step):
         trainer.save_state(config, run, step, config.steps, both, *optimizers, extra=adaptive)

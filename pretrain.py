@@ -19,6 +19,7 @@ import torch
 
 import trainer
 from checkpoints import load, save_checkpoint
+from common.waits import bar
 from data import files
 from data.tokenizer import get_tokenizer
 from island.world import Island
@@ -63,7 +64,8 @@ def text_loss(model, stream, run, rows=32):
     windows = stream[:len(stream) // length * length].view(-1, length)  # (contexts, length)
     model.eval()
     with run.autocast():
-        losses = [next_token_loss(model, part.to(run.device)).item() * len(part) for part in windows.split(rows)]
+        losses = [next_token_loss(model, part.to(run.device)).item() * len(part)
+                  for part in bar(windows.split(rows), "held-out loss")]
     model.train()
     return sum(losses) / len(windows)
 
@@ -90,6 +92,9 @@ def mix_step(model, text, step, config, run):
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------
+
+NEEDS, COSTS = {}, (0.25, 300, 10)  # what must be there before; what a run costs (common/waits.py)
+
 
 @dataclass
 class Config(TrainConfig):
@@ -130,6 +135,7 @@ def load_text(config, tok):
 
 def main(config):
     run = trainer.start(config)
+    trainer.prepare(config, run)
     tok = get_tokenizer(config.tokenizer or config.init, config.template or None)
     train, held = load_text(config, tok)
     torch.manual_seed(config.seed)

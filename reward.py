@@ -30,6 +30,7 @@ import trainer
 from checkpoints import HEAD_NAMES, load, load_init, read_head, save_model
 from common import plots
 from common.flags import parse
+from common.waits import bar
 from data.pairs import NOTHING_HELD, RankedConfig, answered, choose_pairs, load_ranked, make_pairs
 from data.tokenizer import fit, get_tokenizer
 from island.words import FLATTERY
@@ -184,7 +185,7 @@ def score(model, tok, conversations, run, micro_tokens=16384):
     model.eval()
     examples = [(rows[i], [1] * len(rows[i])) for i in order]
     with run.autocast():
-        for ids, real in trainer.micro_batches(examples, micro_tokens, run.device):  # sorted already: the order stays
+        for ids, real in bar(trainer.micro_batches(examples, micro_tokens, run.device), "scores"):  # sorted: the order stays
             scores += model(ids, real.sum(1)).tolist()
     model.train(was_training)
     return [s for _, s in sorted(zip(order, scores))]
@@ -285,6 +286,10 @@ def flattery_premium(model, tok, rows, run, micro_tokens):
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
+# what must be there before; what a run costs (common/waits.py)
+NEEDS, COSTS = {"init": (sft, {"answers": "community"})}, (0.15, 200, 8)
+
+
 @dataclass
 class Config(RankedConfig):
     out: str = "out/reward"  # folder for the checkpoint and log.jsonl
@@ -321,8 +326,9 @@ def main(config):
     run = trainer.start(config)
     if config.plot:
         plots.needed("--plot")
+    trainer.prepare(config, run)
     train_rows, held_rows, island = load_ranked(config, Island, run.print)
-    network, tok = load_init(config, run, sft, answers="community")
+    network, tok = load_init(config, run)
     torch.manual_seed(config.seed)
     model = RewardModel(network).train()
     model.head.bias.requires_grad_(False)  # it cancels in every difference: nothing to learn, center() sets it
@@ -342,7 +348,7 @@ def main(config):
 
     optimizer = trainer.adamw(model, config)
     first = trainer.load_state(config, run, steps, model, optimizer)
-    log = trainer.Log(config, run, first, steps)
+    log = trainer.Log(config, run, first, steps, bar=("loss", "accuracy", "held_out"))
     for step in log.steps():
         trainer.begin_step(step, steps, optimizer, config, run)
         loss = reward_step(model, [rankings[i] for i in batches[step]], config, run)

@@ -31,6 +31,7 @@ import pretrain
 import trainer
 from checkpoints import load_init, save_checkpoint
 from common.flags import Amount, Positive, TrainConfig, parse
+from common.waits import bar
 from data import files
 from data.formats import Refused
 from data.tokenizer import fit
@@ -118,7 +119,7 @@ def evaluate(model, examples, run, micro_tokens):
     """Mean loss per supervised token over held-out examples."""
     n, total = sum(sum(mask[1:]) for _, mask in examples), 0.0
     model.eval()
-    for ids, mask in trainer.micro_batches(examples, micro_tokens, run.device):
+    for ids, mask in bar(trainer.micro_batches(examples, micro_tokens, run.device), "held-out loss"):
         with run.autocast():
             total += sum(masked_loss(model.head(hidden), targets, n=n).item()
                          for hidden, targets in slices(model, *supervised(model, ids, mask)))
@@ -134,6 +135,9 @@ RECIPES = {  # InstructGPT, appendix C.1; LIMA, section 3; Llama 2, section 3.1
                  beta2=0.95, weight_decay=0.1, max_tokens=2048),
     "llama2": dict(epochs=2.0, lr=2e-5, schedule="cosine", batch_size=64, weight_decay=0.1, max_tokens=4096),
 }
+
+
+NEEDS, COSTS = {"init": (pretrain, {})}, (0.14, 350, 10)  # what must be there before; what a run costs (common/waits.py)
 
 
 @dataclass
@@ -174,7 +178,8 @@ def main(config):
         config.template = config.template or "search"  # two tokens more, where the checkpoint has none
         if config.template != "search":
             raise UserError(f"--with search --template {config.template}: only --template search has a form for searches")
-    model, tok = load_init(config, run, pretrain)
+    trainer.prepare(config, run)
+    model, tok = load_init(config, run)
     longest = min(config.max_tokens or math.inf, model.config.block_size + 1)  # the last token is only a target
     train_rows, held_rows, island = load_data(config, tok, longest, run.print)
     train, held = ([row["example"] for row in rows] for rows in (train_rows, held_rows))

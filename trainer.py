@@ -29,6 +29,7 @@ from common.errors import UserError
 from common.flags import TrainConfig
 from common.hub import RECORD, STATE
 from common.runs import claim_out, differences, flag, identity, script_of
+from common.waits import PLAN, Stopwatch, busy, words
 
 
 # ---- device, dtype, processes ----------------------------------------------------------------------------------------
@@ -358,16 +359,56 @@ def is_finished(folder):
     return whole and not (Path(folder) / STATE).is_file()
 
 
+def missing(config, script):
+    """What a run of a script needs and is not there yet, in order, itself last -> {folder: (script, config)}. A script's
+    NEEDS is {a flag that names a folder: (the script that makes its default, with which settings)}."""
+    found = {}
+    for name, (earlier, settings) in script.NEEDS.items():
+        folder = getattr(config, name)
+        if folder == getattr(type(config), name) and not is_finished(folder):
+            found |= missing(earlier.Config(out=folder, **settings), earlier)
+    return found | {config.out: (script, config)}
+
+
+def prepare(config, run):
+    """Says what will happen, a line a stage, and how long it takes; runs the earlier stages that are missing."""
+    script = sys.modules[type(config).__module__]
+    if not PLAN.depth:  # else it is part of another command's plan
+        tell(missing(config, script), run)
+    for name, (earlier, settings) in script.NEEDS.items():
+        if getattr(config, name) == getattr(type(config), name):
+            ensure(getattr(config, name), earlier, config, run, **settings)
+
+
+def tell(stages, run):
+    """Prints the plan of a command: stages as `missing` gives them, or none."""
+    if not stages:
+        return
+    costs = {}
+    for folder, (script, config) in stages.items():
+        step, steps, rest = script.COSTS
+        costs[folder] = None if config.data else (step, config.steps or steps, rest)
+    PLAN.begin(costs)
+    for folder, (script, _) in stages.items():
+        what = script.__doc__.splitlines()[0].rstrip(".").partition(" (")[0]
+        run.print(f"{PLAN.place(folder)}{Path(script.__file__).name}, {folder}: {what}")
+    known = [folder for folder in costs if costs[folder]]
+    time_ = f"about {words(PLAN.seconds(known))}{' in all' * (len(known) > 1)} on an idle core" if known else ""
+    later = "the first steps will tell how long it takes" if len(known) < len(costs) else ""
+    run.print("; ".join(filter(None, (time_, later, "Ctrl-C saves, and --resume goes on from there"))))
+
+
 def ensure(folder, stage, config, run, **settings):
     """Runs an earlier stage (a module with Config and main) whose checkpoint is missing, or goes on with an unfinished
     one, and says so. settings: fields of the stage's Config."""
     if not is_finished(folder):
         begun = (Path(folder) / STATE).is_file()
         flags = "".join(f" {flag(*setting)}" for setting in settings.items())
-        run.print(f"{folder} is not {'finished' if begun else 'there yet'}, so this runs first: "
+        run.print(f"{PLAN.place(folder)}{folder} is not {'finished' if begun else 'there yet'}, so this runs first: "
                   f"python {Path(stage.__file__).name}{flags} --out {folder}{' --resume' * begun}")
-        stage.main(stage.Config(out=folder, seed=config.seed, device=config.device, dtype=config.dtype, resume=begun,
-                                **settings))
+        with PLAN.within():
+            stage.main(stage.Config(out=folder, seed=config.seed, device=config.device, dtype=config.dtype, resume=begun,
+                                    **settings))
         release(folder)
         run.print()
 
@@ -418,9 +459,10 @@ def signals(handler, *names):
 class Log:
     """The bar on the terminal and out/log.jsonl, a JSON object per line with its step. Written by process 0 only."""
 
-    def __init__(self, config, run, first, steps):
+    def __init__(self, config, run, first, steps, bar=("loss", "held_out", "grad_norm")):
+        """bar: the numbers to look at while it runs; the first three of them that are measured stand on the bar."""
         self.config, self.run, self.next, self.total = config, run, first, steps
-        self.shown, self.stopped = {}, False
+        self.shown, self.stopped = dict.fromkeys(bar), False
         self.path = Path(config.out) / "log.jsonl"
         if run.rank == 0:
             with replacing(self.path) as temporary:
@@ -449,11 +491,16 @@ class Log:
 
         self.bar = tqdm(total=self.total, initial=self.next, desc=self.config.out, disable=self.run.rank != 0,
                         dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15)
+        watch = Stopwatch()
         with signals(stop, "SIGINT", "SIGTERM", "SIGHUP"), self.bar:
             for step in range(self.next, self.total):
                 yield step
                 self.next = step + 1
                 self.bar.update()
+                if measured := watch.step():
+                    seconds, share = measured
+                    self.print(PLAN.estimate(self.config.out, seconds, self.total - self.next)
+                               + busy(share if self.run.device.type == "cpu" else 1.0))
                 self.stopped = bool(self.run.sum(self.stopped))
                 if self.stopped:
                     break
@@ -464,8 +511,9 @@ class Log:
             saved = "" if self.run.saved is None else f"; the checkpoint of step {self.run.saved} is kept"
             with on_disk(self.path, kept=lambda: saved), open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, **numbers}) + "\n")
-            self.shown |= {k: f"{v:.3g}" for k, v in numbers.items() if isinstance(v, (int, float))}
-            self.bar.set_postfix(self.shown, refresh=False)
+            self.shown |= {name: f"{numbers[name]:.3g}" for name in self.shown if name in numbers}
+            there = [(name, text) for name, text in self.shown.items() if text is not None]
+            self.bar.set_postfix(dict(there[:3]), refresh=False)
 
     def print(self, text):
         """A line above the bar."""

@@ -77,6 +77,21 @@ class TrainConfig:
     overwrite: bool = False  # replace what an earlier run has left in --out
 
 
+FIRST = ("data", "init", "out", "steps", "lr", "resume")  # what training scripts are asked for most, first in --help
+GROUPS = {"data": ("data", "mix_data", "merge_system", "max_tokens", "tokenizer", "template", "examples", "sample", "file", "n_prompts",
+                   "documents", "score", "pairs", "max_pairs"),
+          "model": ("init", "family", "n_layer", "n_head", "n_embd", "block_size", "dropout", "reward", "reference", "system"),
+          "training": (),  # all else of a training script
+          "adapters": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "nf4"),
+          "machine": ("micro_tokens", "checkpointing", "seed", "device", "dtype", "resume", "overwrite", "save_every")}
+
+
+def group_of(name, comment, training):
+    """The heading in --help under which a flag stands, where it is none of the first."""
+    found = next((group for group, names in GROUPS.items() if name in names), "")
+    return "data" if comment.startswith(ISLAND) else found or ("training" if training else "more")
+
+
 ISLAND = "the island: "  # a comment that begins so is of a flag that says nothing about your own file
 
 
@@ -99,21 +114,9 @@ def parse(Config, recipes=None, argv=None):
         end_politely()
     main = sys.modules.get("__main__")
     description = inspect.getdoc(sys.modules[Config.__module__]) or inspect.getdoc(main)
-    parser = _Parser(program(Config.__module__), description=description, allow_abbrev=False,
+    parser = _Parser(program(Config.__module__), "%(prog)s [flags]", description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments = _comments(Config)
-    for field in dataclasses.fields(Config):
-        flag, shown = flag_of(field.name), "" if field.default == "" else f" (default {field.default})"
-        kind = typing.get_type_hints(Config)[field.name]
-        kind = str if typing.get_origin(kind) is Literal else kind
-        if kind == list[str]:  # not a flag but the words beside the flags
-            parser.add_argument(field.name, nargs="*", help=comments[field.name])
-        elif kind is bool:
-            parser.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction, default=field.default,
-                                help=comments[field.name])
-        else:
-            parser.add_argument(flag, dest=field.name, type=kind, default=field.default, metavar=kind.__name__.upper(),
-                                help=(comments[field.name] + shown).replace("%", "%%"))
+    add_flags(parser, Config)
     if recipes:
         parser.add_argument("--recipe", choices=sorted(recipes),
                             help="defaults of a published recipe; any flag overrides them")
@@ -122,6 +125,28 @@ def parse(Config, recipes=None, argv=None):
     values = vars(parser.parse_intermixed_args(argv))  # words may stand between flags
     values.pop("recipe", None)
     return check(Config(**values))
+
+
+def add_flags(parser, Config):
+    """Every field as a flag, in groups: those that are asked for most first."""
+    comments, training = _comments(Config), issubclass(Config, TrainConfig)
+    names = [field.name for field in dataclasses.fields(Config)]
+    first = FIRST if training else [name for name in names if name not in GROUPS["machine"]][:6]
+    headings = ["the first flags to know" if len(names) > 6 else "flags", *GROUPS, "more"]
+    groups = {heading: parser.add_argument_group(heading) for heading in headings}  # one without flags is not shown
+    for field in sorted(dataclasses.fields(Config), key=lambda field: (*first, field.name).index(field.name)):
+        group = groups[headings[0] if field.name in first else group_of(field.name, comments[field.name], training)]
+        flag, shown = flag_of(field.name), "" if field.default == "" else f" (default {field.default})"
+        kind = typing.get_type_hints(Config)[field.name]
+        kind = str if typing.get_origin(kind) is Literal else kind
+        if kind == list[str]:  # not a flag but the words beside the flags
+            group.add_argument(field.name, nargs="*", help=comments[field.name])
+        elif kind is bool:
+            group.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction, default=field.default,
+                               help=comments[field.name])
+        else:
+            group.add_argument(flag, dest=field.name, type=kind, default=field.default, metavar=kind.__name__.upper(),
+                               help=(comments[field.name] + shown).replace("%", "%%"))
 
 
 def flag_of(name):

@@ -52,6 +52,8 @@ def run_stages(folder, config, run):
     """Runs what is missing of one seed's chain below the folder; the seconds of each stage are in seconds.json."""
     path = folder / "seconds.json"
     seconds = json.loads(path.read_text()) if path.is_file() else {}
+    trainer.tell({str(folder / name): (script, script.Config(**settings)) for name, (script, _, settings) in STAGES.items()
+                  if not trainer.is_finished(folder / name)}, run)
     for name, (script, starts, settings) in STAGES.items():
         began = time.perf_counter()
         if not trainer.is_finished(folder / name):

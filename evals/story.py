@@ -5,7 +5,6 @@
 Runs whatever stage is missing, asks every checkpoint the same questions, and writes out/story/README.md: a table,
 pictures (matplotlib), answers, and a paragraph a stage. From an empty folder it takes a quarter of an hour
 on one busy CPU core.
-the scripts.
 """
 import json
 import time
@@ -99,6 +98,8 @@ def plot_distributions(answers, path):
 def run_stages(run, config):
     """Runs what is missing -> {folder: seconds, of what ran now}."""
     seconds = {}
+    trainer.tell({folder: (script, script.Config(out=folder, **settings)) for folder, (script, settings) in STAGES.items()
+                  if not trainer.is_finished(folder)}, run)
     for folder, (script, settings) in STAGES.items():
         if not trainer.is_finished(folder):
             start = time.perf_counter()

@@ -17,6 +17,7 @@ import torch
 
 import trainer
 from common.tables import table
+from common.waits import bar
 from data.readability import readability
 from data.shapes import says
 from generate import ask, question_of, respond
@@ -178,7 +179,7 @@ def response_kl(model, reference, asked, run, micro_tokens):
     """[(prompt ids, answer ids), ...] -> log pi - log pi_ref of each answer (k1): its mean is the KL."""
     found = [0.0] * len(asked)
     rows = [(p + r, [0] * len(p) + [1] * len(r), i) for i, (p, r) in enumerate(asked)]
-    for part in trainer.split(rows, lambda row: len(row[0]), micro_tokens):
+    for part in bar(trainer.split(rows, lambda row: len(row[0]), micro_tokens), "KL"):
         ids, mask = trainer.pad([row[:2] for row in part], run.device)
         with run.autocast():
             logps, ref_logps = (token_logps(m, ids, mask) for m in (model, reference))

@@ -80,3 +80,26 @@ def test_every_field_has_a_comment():
 @pytest.mark.parametrize("text, value", [("0", 0.0), ("0.2", 0.2), ("0.0,0.3", (0.0, 0.3))])
 def test_dropout_is_a_number_or_a_ramp(text, value):
     assert flags.dropout_of(Config(dropout=text)) == value
+
+
+def sections(Config, capsys):
+    """--help -> {heading: [flags below it]}."""
+    with pytest.raises(SystemExit):
+        flags.parse(Config, argv=["--help"])
+    found, heading = {}, ""
+    for line in capsys.readouterr().out.splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            heading = line[:-1]
+        if line.startswith("  --"):
+            found.setdefault(heading, []).append(line.split()[0].rstrip(","))
+    return found
+
+
+def test_help_begins_with_six_flags_and_the_rest_stands_in_groups(capsys):
+    found = sections(Config, capsys)
+    first, *others = found.items()
+    assert first == ("the first flags to know", ["--data", "--init", "--out", "--steps", "--lr", "--resume"])
+    assert [heading for heading, _ in others] == ["data", "model", "training", "adapters", "machine"]
+    assert "--extra" in found["training"] and "--nf4" in found["adapters"] and "--device" in found["machine"]
+    every = [flag for some in found.values() for flag in some]
+    assert len(every) == len(set(every)) == len(Config.__dataclass_fields__)
