@@ -174,7 +174,7 @@ def free_memory():
 def give_back_at_once():
     """From here on tensors of 2 MB get pages of their own, which go back when they are freed. In one heap the small
     lasting ones (adapters' gradients) break up the places of large passing ones, and it grows with every layer: 120 MB
-    a layer of Qwen2.5-0.5B's shape, where 20 are kept. glibc only; it costs time, so it is for large frozen bases."""
+    a layer of Qwen2.5-0.5B's shape in place of 16. glibc only; it costs time, so it is for large frozen bases."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(-3, 2 ** 21)  # M_MMAP_THRESHOLD
 
