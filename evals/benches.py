@@ -23,7 +23,6 @@ import sft
 import trainer
 from checkpoints import load, load_init
 from common.errors import UserError
-from common.flags import TrainConfig
 from common.tables import table
 from data import files
 from data.pairs import load_ranked
@@ -154,7 +153,7 @@ def write_folder(folder, shape, tok, args, **inputs):
 def race(args, tok, title, tokens, candidates, **inputs):
     """One table for each shape. candidates: {name: function of the folder}, this project's first; tokens: how many real
     ones a call handles, None where the seconds of a call are to be shown instead."""
-    run = trainer.start(TrainConfig(device=args.device, dtype=args.dtype))
+    run = trainer.start(args)
     for shape in [args.shape] if args.shape else SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             write_folder(folder, shape, tok, args, **inputs)
