@@ -25,8 +25,8 @@ from data.files import read
 from data.report import PipelineReport
 from data.shapes import BadRow, finished, is_flat, plant, tree_rows
 from data.toxicity import is_clean, toxicity_of
-from common.disk import writing
-from common.flags import parse
+from common.disk import writable, writing
+from common.flags import Share, parse
 
 SPLITS = ("train", "validation")
 FORMS = ("sft", "ranked", "prompts")
@@ -39,7 +39,7 @@ class Config:
     dataset: str = "OpenAssistant/oasst1"  # what is fetched; OpenAssistant/oasst2 has the same columns
     out: str = "out/oasst"  # folder for sft_train.jsonl, ranked_train.jsonl, ... and report.json
     lang: str = "en"  # the only language that stays; empty: all
-    most_toxicity: float = 0.1  # messages with any of six toxicity scores above this go; 1: none
+    most_toxicity: Share = 0.1  # messages with any of six toxicity scores above this go; 1: none
     synthetic: bool = False  # keep what models wrote
 
 
@@ -133,6 +133,7 @@ def rows_of(trees, form, report):
 
 def prepare(config):
     """Writes the files and the report -> PipelineReport."""
+    writable(config.out)
     report, found = PipelineReport(), find_files(config)
     with writing(config.out, [f"{form}_{split}" for split in found for form in FORMS]) as out:
         for split, paths in found.items():

@@ -22,7 +22,7 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
-from common.errors import UserError, end_politely
+from common.errors import UserError, end_politely, reading, visible
 
 import tiktoken
 
@@ -56,6 +56,8 @@ class Tokenizer:
         self.template_name, self.template = self._format(name, template, end)
         # chat tokens that the model beside these files has never been trained on: their embeddings mean nothing yet
         self.new_ids = sorted(set(self.special.values()) - set(special.values()) | set(new_ids))
+        if not set(self.special.values()).issuperset(self.new_ids):
+            raise UserError(f"{name}: tokenizer_config.json has nanoalign_new_ids that no special token has: copy it again")
         if engine is None:
             self.encoding = tiktoken.Encoding(name, pat_str=whole(pattern), mergeable_ranks=ranks,
                                               special_tokens=self.special)
@@ -142,7 +144,8 @@ class Tokenizer:
         for (begin, end), one in zip([*spans, (len(text), len(text))], [*learned, 0], strict=True):
             for to, m in ((begin, 0), (end, one)):
                 self._append(ids, text[at:to])
-                mask, at = mask + [m] * (len(ids) - len(mask)), to
+                mask += [m] * (len(ids) - len(mask))
+                at = to
         return ids, mask
 
     def _hide(self, found):
@@ -163,7 +166,7 @@ class Tokenizer:
 
     def show(self, ids, mask):
         """The text of ids for a terminal: green where the mask is 1, grey where it is 0, special tokens by name."""
-        pieces = [self._names.get(i) or self.engine.decode_more([i]) for i in ids]
+        pieces = [visible(self._names.get(i) or self.engine.decode_more([i])) for i in ids]
         return "".join(f"\033[{32 if m else 90}m{piece}\033[0m" for piece, m in zip(pieces, mask, strict=True))
 
     def save(self, folder):
@@ -210,7 +213,8 @@ def get_tokenizer(name_or_folder, template=None):
         return _from_ranks("tiny", load_ranks(TINY), template or "search")
     settle(path)
     if path.is_dir():
-        return _from_folder(path, template)
+        with reading(f"the tokenizer in {path}"):
+            return _from_folder(path, template)
     if path.is_file():
         return _from_ranks(path.stem, load_ranks(path), template)
     if name_or_folder in PUBLIC:
@@ -221,7 +225,7 @@ def get_tokenizer(name_or_folder, template=None):
                             "name its rank file, as in --tokenizer path/to/gpt2.tiktoken")
         return Tokenizer("gpt2", gpt2._mergeable_ranks, {END_OF_TEXT: gpt2.eot_token}, PATTERN, template or "chat")
     if is_name(str(name_or_folder)):
-        return _from_folder(find(name_or_folder), template)
+        return get_tokenizer(find(name_or_folder), template)
     raise UserError(f"there is no tokenizer {name_or_folder!r}: give tiny, gpt2, a rank file (.tiktoken) or a folder "
                     "that holds tokenizer.json")
 
@@ -239,19 +243,16 @@ def _from_folder(folder, template):
 
 
 if __name__ == "__main__":
-    end_politely()
-    import argparse
-
-    from common.errors import end_politely
+    from common.flags import Count, Parser, bounded
     from data import files
 
     end_politely()
-    parser = argparse.ArgumentParser("python -m data.tokenizer", description="Shows conversations as a model reads "
-                                     "them: what it must produce is green, special tokens by name.")
+    parser = Parser("python -m data.tokenizer", description="Shows conversations as a model reads them: what it must "
+                    "produce is green, special tokens by name.")
     parser.add_argument("tokenizer", help="tiny, gpt2, a rank file or a folder")
     parser.add_argument("file", help="conversations, in any shape that python -m data.files reads")
     parser.add_argument("--template", choices=[*TEMPLATES, "own"], help="the chat format; none: as the folder says")
-    parser.add_argument("--show", type=int, default=3, help="how many to print")
+    parser.add_argument("--show", type=bounded(Count), default=3, help="how many to print")
     args = parser.parse_args()
     tok = get_tokenizer(args.tokenizer, args.template)
     stops = ", ".join(tok.show([i], [0]) for i in sorted(tok.stops))
