@@ -29,13 +29,11 @@ from common.errors import UserError
 from tqdm import tqdm
 
 import trainer
-from checkpoints import load
+from checkpoints import load_to_ask
 from data import files
 from island.world import Island, names, says_unknown
 from island.words import UNKNOWN
-from data.tokenizer import get_tokenizer
 from generate import ask
-from quant import freeze
 from common.disk import writable, writing
 from common.flags import Amount, Count, DType, Positive, Probability, Seed, parse
 
@@ -156,7 +154,7 @@ def main(config):
     folder, = checked(config).checkpoint
     writable(Path(config.out).parent)
     run = trainer.start(config)
-    model, tok = load(folder, linear=freeze).to(run.device), get_tokenizer(folder)
+    model, tok = load_to_ask(folder, run)  # one that has never seen a chat gets the tokens that its questions need
     rows, others, right = load_questions(config, run.print)
     answers, counts = probe(model, tok, rows, run, right, config.tries, config.temperature, config.seed,
                             config.max_new_tokens)
