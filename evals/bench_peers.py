@@ -9,11 +9,11 @@ import json
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 import trainer
-from common.flags import TrainConfig
 
 # ---- what every candidate needs, this project's too ------------------------------------------------------------------
 
@@ -25,7 +25,7 @@ def synchronize():
 def read_folder(folder):
     """-> bench.json, and device and dtype as every training script chooses them."""
     inputs = json.loads(Path(folder, "bench.json").read_text())
-    return inputs, trainer.start(TrainConfig(**inputs["run"]))
+    return inputs, trainer.start(SimpleNamespace(**inputs["run"]))  # no TrainConfig, which would claim --out
 
 
 def marks(texts):
@@ -137,12 +137,12 @@ def trl_rloo_tuned(folder):
     return trl_rloo(folder, gradient_checkpointing=False)
 
 
-def transformers_generate(folder):
-    """Prompts padded on the left, as transformers wants them; weights in the dtype of the run."""
+def transformers_generate(folder, dtype=None):
+    """Prompts padded on the left, as transformers wants them; weights in the dtype of the run, or another."""
     import transformers
     quiet(transformers)
     inputs, run = read_folder(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype).to(run.device).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or run.dtype).to(run.device).eval()
     model.generation_config = transformers.GenerationConfig(  # no end token: both candidates write as many tokens
         do_sample=False, max_new_tokens=inputs["new_tokens"], pad_token_id=0)
     T = max(map(len, inputs["prompts"]))
@@ -153,3 +153,30 @@ def transformers_generate(folder):
         return model.generate(ids, attention_mask=real)[:, T:].tolist()
 
     return answers
+
+
+def transformers_bfloat16(folder):
+    return transformers_generate(folder, torch.bfloat16)
+
+
+def peft_qlora(folder):
+    """-> a function that takes one step of QLoRA, as PEFT's documentation sets it up (checkpointing included)."""
+    import peft
+    import transformers
+    quiet(transformers)
+    inputs, run = read_folder(folder)
+    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                          bnb_4bit_compute_dtype=run.dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, device_map={"": run.device})
+    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), peft.LoraConfig(
+        r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    ids, mask = trainer.pad(inputs["examples"], run.device)
+
+    def step():
+        with run.autocast():
+            model(ids, labels=ids.masked_fill(mask == 0, -100), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
