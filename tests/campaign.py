@@ -72,7 +72,7 @@ def strays(folder):
     return [name for name in contents(folder) if name.endswith(".tmp") or ".saving/" in name or ".saved/" in name]
 
 
-SMALL = ["--steps", 24, "--batch-size", 4, "--save-every", 4, "--device", "cpu", "--dtype", "float32"]
+SMALL = ["--steps", 12, "--batch-size", 4, "--save-every", 3, "--device", "cpu", "--dtype", "float32"]
 
 
 def stages(folder):
@@ -100,7 +100,7 @@ def stages(folder):
 def interrupted(command, out):
     """Begins a run and ends it politely after some steps -> the bytes that are in --out then."""
     process, log = start(*command, "--out", out), Path(out) / "log.jsonl"
-    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 6):
+    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 4):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     outcome(process)
@@ -329,6 +329,7 @@ def main():
     parser.add_argument("campaigns", nargs="*", metavar="campaign", help=", ".join(CAMPAIGNS) + "; none: all")
     parser.add_argument("--cases", type=int, help="at most so many of each")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also behind a shell's &, for what is started here
     with tempfile.TemporaryDirectory() as folder:
         for name in args.campaigns or CAMPAIGNS:
             counts = Counter()
