@@ -34,6 +34,8 @@ def on_disk(path, cure=CURE, kept=lambda: ""):
     try:
         yield
     except OSError as error:
+        if isinstance(error, PermissionError):
+            cure = f"it may not be yours to write, or (on Windows) another program has it open; {cure}"
         path = Path(*(part for part in Path(path).parts if part != SAVING))  # under its name to be
         raise UserError(f"{path} could not be written ({error.strerror or error}{kept()}): {cure}") from None
 
@@ -230,7 +232,9 @@ class Writer:
         if not self.finished:
             with on_disk(self.path):
                 self.file.close()
+                flush(self.path, self.temporary)
                 os.replace(self.temporary, self.path)
+                flush(self.path, self.path.parent)
             self.finished = True
 
     def keep(self):

@@ -25,7 +25,7 @@ from common.errors import UserError, end_politely
 
 from tqdm import tqdm
 
-from common.disk import on_disk
+from common.disk import flush, on_disk
 from common.flags import Parser
 
 WAITS = (1, 2, 4)  # seconds before the next try; as soon as a try gets further than the one before, it begins anew
@@ -94,6 +94,7 @@ def fetch(url, sha256=None, size=None, cache=None, say=print, by_hand=""):
         raise Damaged(f"{url} arrived damaged ({wrong}) and has been removed: run the same command again, or "
                         f"{by_hand}")
     with storing(path):
+        flush(path, part)
         os.replace(part, path)
         forget(part)
     return path

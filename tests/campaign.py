@@ -2,8 +2,9 @@
 
     python -m tests.campaign                     every campaign, and their table in docs/robust.md
     python -m tests.campaign kills disk_full     only these; the rows of the others stay
+    python -m tests.campaign outs --cases 20     the first twenty
 
-A campaign is a function that takes an empty folder and yields (case, outcome, what it said): "fine" (it did what was asked),
+A campaign is a function that takes a folder and yields (case, outcome, what it said): "fine" (it did what was asked),
 "sentence" (it stopped with status 1 and said why, and nothing was lost), or what should never be: "traceback", "hang",
 "silent" (it stopped and said nothing), "lost" (a file that was there is not what it was), "left" (half a file or a
 temporary one), "other" (a resumed run is another run).
@@ -11,6 +12,7 @@ temporary one), "other" (a resumed run is another run).
 import argparse
 import ctypes
 import datetime
+import itertools
 import json
 import os
 import random
@@ -72,15 +74,17 @@ def strays(folder):
     return [name for name in contents(folder) if name.endswith(".tmp") or ".saving/" in name or ".saved/" in name]
 
 
-SMALL = ["--steps", 24, "--batch-size", 4, "--save-every", 4, "--device", "cpu", "--dtype", "float32"]
+SMALL = ["--steps", 12, "--batch-size", 4, "--save-every", 3, "--device", "cpu", "--dtype", "float32"]
 
 
 def stages(folder):
     """Files of a few rows -> {stage: its command without --out}; folder/base, folder/sft and folder/reward are made."""
+    new = not folder.exists()
     folder.mkdir(exist_ok=True)
     rows = [{"prompt": f"question {i}?", "chosen": f"yes, {i}", "rejected": "no"} for i in range(40)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": f"{i} hens sat in a tree. " * 30}) for i in range(40)))
+    texts = [{"text": f"{i} hens sat in a tree. " * 30} for i in range(40)]
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, texts)))
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"question {i}?"}) for i in range(40)))
     pairs = ["--data", folder / "pairs.jsonl", "--init", folder / "sft", *SMALL]
     talks = ["sft.py", "--data", folder / "pairs.jsonl", "--init", folder / "base", "--mix", 0, *SMALL]
@@ -89,7 +93,7 @@ def stages(folder):
             "sft": talks, "sft-lora": [*talks, "--lora-r", 4], "reward": ["reward.py", *pairs], "dpo": ["dpo.py", *pairs],
             "ppo": ["ppo.py", "--data", folder / "prompts.jsonl", "--init", folder / "sft", "--reward",
                     folder / "reward", "--max-new-tokens", 4, *SMALL]}
-    for name, stage in {"base": "pretrain", "sft": "sft", "reward": "reward"}.items():
+    for name, stage in {"base": "pretrain", "sft": "sft", "reward": "reward"}.items() if new else ():
         what, said = run(*made[stage], "--out", folder / name)
         assert what == "fine", said
     return made
@@ -98,21 +102,24 @@ def stages(folder):
 def interrupted(command, out):
     """Begins a run and ends it politely after some steps -> the bytes that are in --out then."""
     process, log = start(*command, "--out", out), Path(out) / "log.jsonl"
-    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 6):
+    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 4):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     outcome(process)
     return contents(out)
 
 
-def uninterrupted(command, out):
-    """-> the weights that a whole run ends with, and its seconds."""
-    begun = time.time()
-    what, said = run(*command, "--out", out)
-    assert what == "fine", said
-    made = weights(out)
-    shutil.rmtree(out)
-    return made, time.time() - begun
+WHOLE = {}  # a stage: the weights that a whole run ends with, and its seconds
+
+
+def uninterrupted(stage, command, folder):
+    if stage not in WHOLE:
+        begun, out = time.time(), folder / "whole"
+        what, said = run(*command, "--out", out)
+        assert what == "fine", said
+        WHOLE[stage] = weights(out), time.time() - begun
+        shutil.rmtree(out)
+    return WHOLE[stage]
 
 
 def weights(folder):
@@ -134,10 +141,10 @@ def signals(folder, cases=36):
 
 def stops(folder, numbers, cases, seed=0):
     rng, made = random.Random(seed), stages(folder / "stages")
-    whole = {stage: uninterrupted(command, folder / "whole") for stage, command in made.items()}
     for case in range(cases):
         stage, number = list(made)[case % len(made)], numbers[case // len(made) % len(numbers)]
-        out, after = folder / "out", rng.uniform(0.1, whole[stage][1])
+        whole, seconds = uninterrupted(stage, made[stage], folder)
+        out, after = folder / "out", rng.uniform(0.1, seconds)
         process = start(*made[stage], "--out", out)
         time.sleep(after)
         process.send_signal(number)
@@ -147,12 +154,12 @@ def stops(folder, numbers, cases, seed=0):
             yield name, "traceback", said
             continue
         begun = any((out / path).is_file() for path in ("state.pt", ".saved/state.pt"))
-        if not begun and weights(out) == whole[stage][0]:
+        if not begun and weights(out) == whole:
             what = "fine"  # it was done
         else:
             what, said = run(*made[stage], "--out", out, *["--resume"] * begun)
             if what == "fine":
-                what = "left" if strays(out) else "fine" if weights(out) == whole[stage][0] else "other"
+                what = "left" if strays(out) else "fine" if weights(out) == whole else "other"
         yield name + " --resume" * begun, what, said
         shutil.rmtree(out, ignore_errors=True)
 
@@ -180,9 +187,9 @@ def disk_full(folder):
         print("no disk of 2 MB can be mounted here (that takes root), so only file_limit is tried")
         return
     try:
-        for stage, command in made.items():
-            whole = uninterrupted(command, folder / "whole")[0]
-            for room in (0, 70_000, 400_000):
+        for room in (70_000, 400_000, 0):
+            for stage, command in made.items():
+                whole = uninterrupted(stage, command, folder)[0]
                 yield from squeezed(f"{stage}, {room} bytes left", command, whole, folder, disk, room=room)
         yield from full_tools(made, folder, disk)
     finally:
@@ -193,9 +200,9 @@ def file_limit(folder):
     """The same where each file may have so many bytes (ulimit -f) and a write beyond fails: another error, the same
     sentence."""
     made = stages(folder / "stages")
-    for stage, command in made.items():
-        whole = uninterrupted(command, folder / "whole")[0]
-        for limit in (2_000, 150_000):
+    for limit in (150_000, 2_000):
+        for stage, command in made.items():
+            whole = uninterrupted(stage, command, folder)[0]
             yield from squeezed(f"{stage}, files up to {limit} bytes", command, whole, folder, folder, limit=limit)
 
 
@@ -240,7 +247,7 @@ def tools(made, folder, out):
             "data.identity": ["-m", "data.identity", "--out", out / "id.jsonl"],
             "data.eli5": ["-m", "data.eli5", "--source", dump, "--out", out],
             "data.simple_wikipedia": ["-m", "data.simple_wikipedia", "--source", dump / "articles.jsonl", "--out", out],
-            "data.clean": ["-m", "data.clean", folder / "cases.jsonl", "--out", out / "clean.jsonl", "--toxicity", "words"],
+            "data.clean": ["-m", "data.clean", folder / "cases.jsonl", "--out", out / "clean.jsonl"],
             "data.leakage": ["-m", "data.leakage", dump / "train.jsonl", dump / "test.jsonl", "--model", "tfidf", "--out",
                              out],
             "evals.unknowns": ["-m", "evals.unknowns", sft, "--data", folder / "stages" / "pairs.jsonl", "--out",
@@ -263,8 +270,8 @@ def full_tools(made, folder, disk):
 # ---- places for --out ------------------------------------------------------------------------------------------------
 
 def outs(folder):
-    """--out that is a file, below a file, on a disk that is only read, in /proc, /dev/null, empty or too long a name: found
-    before any work."""
+    """--out that is a file, below a file, on a disk that is only read, in /proc, /dev/null, empty or too long a name:
+    found before any work."""
     made, disk = stages(folder / "stages"), folder / "disk"
     (folder / "file").write_text("mine")
     places = {"a file": folder / "file", "below a file": folder / "file" / "x", "/dev/null": "/dev/null", "empty": "",
@@ -299,7 +306,8 @@ def placed(name, command, folder):
 
 CAMPAIGNS = {campaign.__name__: campaign for campaign in (kills, signals, disk_full, file_limit, outs, crafted.configs, crafted.bombs,
                                                           crafted.flags)}
-HEAD = f"| campaign | what is tried | cases | {' | '.join(OUTCOMES)} | when |\n|---|---|{'---:|' * (len(OUTCOMES) + 1)}---|\n"
+HEAD = (f"| campaign | what is tried | cases | {' | '.join(OUTCOMES)} | when |\n"
+        f"|---|---|{'---:|' * (len(OUTCOMES) + 1)}---|\n")
 
 
 def table_row(name, counts):
@@ -322,17 +330,21 @@ def main():
     parser = argparse.ArgumentParser("python -m tests.campaign", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("campaigns", nargs="*", metavar="campaign", help=", ".join(CAMPAIGNS) + "; none: all")
-    names = parser.parse_args().campaigns or list(CAMPAIGNS)
-    for name in names:
-        counts = Counter()
-        with tempfile.TemporaryDirectory() as folder:
-            for case, what, said in CAMPAIGNS[name](Path(folder)):
-                counts[what] += 1
-                print(f"{what:10}{name}: {case}", flush=True)
-                if what != "fine":
-                    print("          ", said[-1500:].strip(), flush=True)
-        print(f"{name}: {dict(counts)}", flush=True)
-        write_page({name: table_row(name, counts)})
+    parser.add_argument("--cases", type=int, help="at most so many of each")
+    args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also behind a shell's &, for what is started here
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.campaigns or CAMPAIGNS:
+            counts = Counter()
+            try:
+                for case, what, said in itertools.islice(CAMPAIGNS[name](Path(folder)), args.cases):
+                    counts[what] += 1
+                    print(f"{what:10}{name}: {case}", flush=True)
+                    if what != "fine":
+                        print("          ", said[-1500:].strip(), flush=True)
+            finally:  # stopped or not, these were tried
+                print(f"{name}: {dict(counts)}", flush=True)
+                write_page({name: table_row(name, counts)})
 
 
 if __name__ == "__main__":
