@@ -21,7 +21,7 @@ import lora
 import trainer
 from common import hub
 from common.disk import settle, together, write_json
-from common.errors import UserError
+from common.errors import UserError, no_command
 from common.flags import dropout_of
 from data.tokenizer import get_tokenizer
 from model import GPT, resize_vocab
@@ -345,3 +345,7 @@ def base_of(folder):
         return name.removeprefix("openai-community/")
     raise UserError(f"the adapter {folder} is of {name}, but there is no folder {name} and no folder {beside}: "
                     f"put the base there, or name it with python lora.py --base FOLDER --adapter {folder} --out MERGED")
+
+
+if __name__ == "__main__":
+    no_command(__doc__)

@@ -361,6 +361,9 @@ def load_prompts(config, tok, block_size, say):
     if len(kept) < len(ids):
         say(f"{len(ids) - len(kept):,} of {len(ids):,} questions dropped: with {config.max_new_tokens} new tokens they "
             f"are longer than the context of {block_size}")
+    if config.data and kept:
+        files.enough(len(kept), len(ids), block_size - config.max_new_tokens, "lower --max-new-tokens, or --init with a model "
+                     "that reads more")
     if not kept:
         raise UserError(f"no question leaves room for --max-new-tokens {config.max_new_tokens} in a context of "
                         f"{block_size}: lower it")
@@ -506,10 +509,14 @@ def report(policy, tok, scorer, island, config, run):
         for name in before:
             run.print(exam.line(name, before[name], after[name]))
     run.print(f"\nthe policy is in {config.out} (transformers loads it too). Next:\n"
-              f"   python evaluate.py {config.init} {config.out}    what it gained and what it cost, with intervals\n"
               f"   python chat.py {config.init} {config.out}    the same question to both\n"
-              f"   python ppo.py --beta 0 --out out/ppo-no-penalty    a higher score, worse answers\n"
-              f"   python ppo.py --reward gold --out out/ppo-gold     what a perfect reward would give")
+              f"   python -m common.plots {config.out}    its log as a picture")
+    if island:
+        run.print(f"   python evaluate.py {config.init} {config.out}    what it gained and what it cost, with intervals\n"
+                  f"   python ppo.py --beta 0 --out out/ppo-no-penalty    a higher score, worse answers\n"
+                  f"   python ppo.py --reward gold --out out/ppo-gold     what a perfect reward would give")
+    else:
+        run.print(f"   python chat.py {config.init} {config.out} --file {config.data} --out answers.jsonl    both, on every question")
 
 
 if __name__ == "__main__":

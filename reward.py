@@ -363,8 +363,10 @@ def main(config):
     if some:
         report(model, tok, held_rows, island, config, run)
     data = f" --data {config.data}" if config.data else ""
+    start = f"{data} --init {config.init}" if data else ""
     run.print(f"\nthe reward model is in {config.out}. Next:\n"
-              f"   python ppo.py{data} --reward {config.out}    a policy learns from it")
+              f"   python ppo.py{start} --reward {config.out}    a policy learns from it\n"
+              f"   python -m common.plots {config.out}    its log as a picture")
     if island:
         run.print("   python reward.py --flattery 0 --out out/reward-fair    the same without the voters' weakness")
 

@@ -103,7 +103,9 @@ def load_data(config, tok, longest, say):
     if config.data:
         rows, report = files.load(config.data, "sft", merge_system=config.merge_system)
         say(report)
-        rows = fit_rows(rows, tok, longest, say)  # first, so that what is held out can be measured
+        read, rows = len(rows), fit_rows(rows, tok, longest, say)  # first, so that what is held out can be measured
+        files.enough(len(rows), read, longest, "raise --max-tokens" if longest == config.max_tokens else
+                     "--init with a model that reads more, such as gpt2 (1,024 tokens)")
         return *files.hold_out(rows, seed=config.seed, say=say), None
     island = Island()
     kinds = island.kinds(config.with_, config.without)
@@ -221,7 +223,8 @@ def report(model, tok, held, held_rows, island, config, run):
     data = f" --data {config.data}" if config.data else ""
     run.print(f"\nthe model is in {config.out} (transformers loads it too). Next:\n"
               f"   python chat.py {config.out}    talk to it\n"
-              f"   python evaluate.py {config.init} {config.out}{data}    what has changed, in one table")
+              f"   python evaluate.py {config.init} {config.out}{data}    what has changed, in one table\n"
+              f"   python -m common.plots {config.out}    its log as a picture")
     if island:
         run.print("   python sft.py --mix 0 --out out/sft-no-mix     the same without plain text: what it forgets\n"
                   "   python sft.py --without unknown --out out/sft-no-idk    it invents (python -m evals.unknowns)")

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.disk import on_disk, release, replacing, settle, together, write_json
-from common.errors import UserError
+from common.errors import UserError, no_command
 from common.flags import TrainConfig
 from common.hub import RECORD, STATE
 from common.runs import claim_out, differences, flag, identity, script_of
@@ -523,3 +523,7 @@ class Log:
     def due(self, step, every):
         """After this step, is it time? Every `every` steps, and after the last one."""
         return bool(every) and ((step + 1) % every == 0 or step + 1 == self.total)
+
+
+if __name__ == "__main__":
+    no_command(__doc__)

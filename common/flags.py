@@ -103,6 +103,14 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message} ({hint})")
 
 
+NAMED = set()  # the flags of the command that is running; empty: none was parsed
+
+
+def advice(flag, words):
+    """Advice that names a flag, for commands that have it; "" for others."""
+    return words if not NAMED or flag in NAMED else ""
+
+
 def parse(Config, recipes=None, argv=None):
     """The command line -> a Config. The fields are the flags (batch_size is --batch-size), their comments the help; a
     field of type list[str] takes the words that belong to no flag.
@@ -117,6 +125,8 @@ def parse(Config, recipes=None, argv=None):
     parser = _Parser(program(Config.__module__), "%(prog)s [flags]", description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, Config)
+    NAMED.clear()
+    NAMED.update(parser._option_string_actions)
     if recipes:
         parser.add_argument("--recipe", choices=sorted(recipes),
                             help="defaults of a published recipe; any flag overrides them")

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.errors import UserError, end_politely
+from common.flags import advice
 
 import tiktoken
 
@@ -217,8 +218,9 @@ def get_tokenizer(name_or_folder, template=None):
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
         except Exception as error:  # whatever the network does, the cure is the same
-            raise UserError("GPT-2's tokenizer could not be fetched (" + type(error).__name__ + "): without a network, "
-                            "name its rank file, as in --tokenizer path/to/gpt2.tiktoken")
+            cure = advice("--tokenizer", "without a network, name its rank file, as in --tokenizer path/to/gpt2.tiktoken")
+            raise UserError(f"GPT-2's tokenizer could not be fetched ({type(error).__name__}): "
+                            f"{cure or 'copy a tokenizer.json into the folder of the model'}")
         return Tokenizer("gpt2", gpt2._mergeable_ranks, {END_OF_TEXT: gpt2.eot_token}, PATTERN, template or "chat")
     if is_name(str(name_or_folder)):
         return _from_folder(find(name_or_folder), template)

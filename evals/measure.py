@@ -14,7 +14,7 @@ import trainer
 from checkpoints import load, load_to_ask
 from common import plots
 from common.disk import write_json, write_jsonl
-from common.errors import UserError
+from common.errors import UserError, no_command
 from common.tables import cell, interval, table
 from data import files
 from data.readability import readability
@@ -348,3 +348,7 @@ def evaluate_judge(config, run):
     save(config, run, "judge", {"results": results})
     run.print(f"every judgment with its prompt is in {path}")
     return results
+
+
+if __name__ == "__main__":
+    no_command(__doc__)

@@ -26,6 +26,7 @@ from data.tokenizer import get_tokenizer
 from generate import ask
 from common import plots
 from common.disk import replacing
+from common.errors import no_command
 from common.tables import cell, markdown
 
 STAGES = {  # folder: its script and the flags that make it another checkpoint than the script's own
@@ -237,3 +238,7 @@ def main(config, run):
     with replacing(folder / "README.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     run.print(f"\nthe story is in {folder / 'README.md'}")
+
+
+if __name__ == "__main__":
+    no_command(__doc__)
