@@ -20,7 +20,6 @@ question!", many words), and says little else. The penalty keeps it near texts f
 something.
 """
 import importlib
-import json
 import math
 import random
 from contextlib import nullcontext
@@ -480,26 +479,11 @@ def measure(log, step, rollout, updates, adaptive, island, clock):
     return kl
 
 
-def plot_log(folder):
-    """Draws score and gold against the KL, a point an iteration -> the picture's path, None without matplotlib."""
-    if not plots.available():
-        return None
-    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    figure, (axes,) = plots.figure(width=5, height=4)
-    for name in [name for name in ("score", "gold") if name in lines[0]]:
-        axes.plot([line["kl"] for line in lines], [line[name] for line in lines], "o-", markersize=3, linewidth=0.5,
-                  label=name)
-    axes.set(xlabel="KL of a response from the SFT model", ylabel="mean over an iteration")
-    axes.legend()
-    path = Path(folder) / "score_and_kl.png"
-    plots.save(figure, path)
-    return path
-
-
 def report(policy, tok, scorer, island, config, run):
     """What came out, beside the SFT model, and what to do next."""
-    picture = plot_log(config.out)
-    if picture:
+    if plots.available():
+        picture = Path(config.out) / "score_and_kl.png"
+        plots.draw_over_kl({config.out: plots.read_log(config.out)}, picture)
         run.print(f"score against KL, as a picture: {picture}")
     if island:
         start = load(config.init, linear=freeze).to(run.device)

@@ -78,7 +78,9 @@ def plot_island(results, path):
     for name, axes in zip(names, panels):
         means, lows, highs = zip(*(found[name] for found in results.values()))
         errors = [[m - l for m, l in zip(means, lows)], [h - m for m, h in zip(means, highs)]]
-        axes.bar(range(len(means)), means, yerr=errors, color=[f"C{i}" for i in range(len(means))], capsize=3)
+        axes.bar(range(len(means)), means, yerr=errors, color=list(map(plots.color, results)), capsize=3)
+        if MEASURES[name].form == "share":
+            plots.share_axis(axes)
         axes.set(title=MEASURES[name].words, xticks=range(len(means)))
         axes.set_xticklabels([Path(folder).name for folder in results], rotation=30, ha="right", fontsize=7)
         axes.title.set_fontsize(8)

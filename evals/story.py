@@ -6,7 +6,6 @@ Runs whatever stage is missing, asks every checkpoint the same questions, and wr
 pictures (matplotlib), answers, and a paragraph a stage. From an empty folder it takes a quarter of an hour
 on one busy CPU core.
 """
-import json
 import time
 from pathlib import Path
 
@@ -39,17 +38,11 @@ STAGES = {  # folder: its script and the flags that make it another checkpoint t
     "out/ppo-no-penalty": (ppo, {"beta": 0.0}),
 }
 POLICIES = [folder for folder in STAGES if folder != "out/reward"]
-COLORS = {folder: f"C{i}" for i, folder in enumerate(POLICIES)}  # the same in every picture
+UNPENALIZED = ("out/ppo", "out/ppo-no-penalty")
 WITHOUT = "Without the penalty it goes on to where the reward still rises and the gold judge's marks do not."
 QUESTIONS = ["fact", "unknown", "unsafe", "why", "identity"]  # one of each kind is asked of every stage
 
 # ---- the pictures ----------------------------------------------------------------------------------------------------
-
-
-def read_log(folder, *names):
-    """out/.../log.jsonl -> a list for every name, of the lines that have all of them."""
-    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [[line[name] for line in lines if all(n in line for n in names)] for name in names]
 
 
 def plot_losses(path):
@@ -57,25 +50,14 @@ def plot_losses(path):
     folders = [folder for folder, (script, _) in STAGES.items() if script is not ppo]
     made, panels = plots.figure(len(folders), width=2.8)
     for folder, axes in zip(folders, panels):
-        steps, losses = read_log(folder, "step", "loss")
-        axes.plot(steps, losses, linewidth=0.5, alpha=0.4)
+        lines = [line for line in plots.read_log(folder) if "loss" in line]
+        steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+        axes.plot(steps, losses, linewidth=0.5, alpha=0.4, color=plots.color(folder))
         means = [sum(losses[i:i + 20]) / len(losses[i:i + 20]) for i in range(max(1, len(losses) - 19))]
-        axes.plot(steps[len(losses) - len(means):], means, color="C0")
-        axes.set(title=Path(folder).name, xlabel="step", ylim=(0, max(means) * 1.1))
+        axes.plot(steps[len(losses) - len(means):], means, color=plots.color(folder))
+        axes.set(xlabel="step", ylim=(0, max(means) * 1.1))
+        plots.titled(axes, Path(folder).name, {"loss": plots.finding(losses)})
     panels[0].set_ylabel("loss")
-    plots.save(made, path)
-
-
-def plot_over_optimisation(path):
-    """Reward and gold over the KL from the SFT model, a point an iteration, with the penalty and without."""
-    made, panels = plots.figure(2)
-    for axes, name, label in zip(panels, ("score", "gold"), ("reward model's score", "gold judge")):
-        for folder in ("out/ppo", "out/ppo-no-penalty"):
-            kl, values = read_log(folder, "kl", name)
-            axes.plot([max(0.0, k) ** 0.5 for k in kl], values, "o-", markersize=3, linewidth=0.5, color=COLORS[folder],
-                      label=Path(folder).name)
-        axes.set(xlabel="square root of the KL of a response", title=label)
-    panels[0].legend()
     plots.save(made, path)
 
 
@@ -87,9 +69,11 @@ def plot_distributions(answers, path):
         for axes, values, bins in zip(panels, ([len(t.split()) for t in texts], [readability(t)[0] for t in texts]),
                                       (range(0, 34, 2), range(-20, 125, 8))):
             inside = [min(max(value, bins[0]), bins[-1]) for value in values]  # what is beyond counts in the last bin
-            axes.hist(inside, bins=bins, histtype="step", color=COLORS[folder], label=Path(folder).name)
-    panels[0].set(title="words in an answer", ylabel="answers")
+            axes.hist(inside, bins=bins, weights=[1 / len(inside)] * len(inside), histtype="step", color=plots.color(folder), label=Path(folder).name)
+    panels[0].set(title="words in an answer", ylabel="share of the answers")
     panels[1].set(title="Flesch reading ease (high is easy)")
+    for axes in panels:
+        plots.share_axis(axes)
     panels[0].legend(fontsize=7)
     plots.save(made, path)
 
@@ -229,7 +213,7 @@ def main(config, run):
     pictures = plots.available()
     if pictures:
         plot_losses(folder / "losses.png")
-        plot_over_optimisation(folder / "over_optimisation.png")
+        plots.draw_over_kl({name: plots.read_log(name) for name in UNPENALIZED}, folder / "over_optimisation.png")
         plot_distributions(answers, folder / "distributions.png")
         reward.plot_calibration(reward.calibration(rows, scores), folder / "calibration.png")
     else:

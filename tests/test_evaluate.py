@@ -534,11 +534,6 @@ def test_every_number_of_the_story_stands_where_it_belongs():
     assert "from 25% to -" in " ".join(story.paragraphs(results, (0.83, 1200), 0.25).split())
 
 
-def test_a_log_is_read_where_all_names_are(tmp_path):
-    write(tmp_path / "log.jsonl", [{"step": 0, "loss": 2}, {"step": 0, "held_out": 3}, {"loss": 7}, {"step": 1, "loss": 1}])
-    assert story.read_log(tmp_path, "step", "loss") == [[0, 1], [2, 1]]
-
-
 def test_every_stage_answers_every_question_greedily(monkeypatch):
     monkeypatch.setattr(story, "load_to_ask", lambda folder, run: (folder, None))
     greedy = []

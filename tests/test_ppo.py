@@ -462,10 +462,3 @@ def test_greedy_answers_are_no_samples():
 def test_reading_ease_is_bounded_and_wordless_answers_get_the_worst():
     assert ppo.reading_ease("...!") == -1.0 and ppo.reading_ease("Go. Do. Be. Go. Do.") <= 1.2
     assert ppo.reading_ease("The cat sat.") > ppo.reading_ease("Institutional considerations necessitate deliberation.")
-
-
-def test_the_picture_needs_matplotlib_and_only_that(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 0, "score": 1.0, "kl": 0.0}\n{"step": 1, "score": 2.0, "kl": 0.5}\n')
-    picture = ppo.plot_log(tmp_path)
-    assert (picture is None) == (importlib.util.find_spec("matplotlib") is None)
-    assert picture is None or picture.stat().st_size > 1000
