@@ -23,6 +23,7 @@ from common import hub
 from common.disk import settle, together, write_json
 from common.errors import UserError, no_command
 from common.flags import dropout_of
+from data.questions import Questions
 from data.tokenizer import get_tokenizer
 from model import GPT, resize_vocab
 from quant import NF4Linear, freeze
@@ -126,6 +127,8 @@ def save_model(config, model, tok, extra=None):
         else:
             model.save_pretrained(folder, extra)
         tok.save(folder)
+        if questions := Questions.load(config.init) if config.init else None:
+            questions.save(folder)  # until the script counts its own
 
 
 # ---- a reward model's head -------------------------------------------------------------------------------------------

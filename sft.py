@@ -34,6 +34,7 @@ from common.flags import Amount, Positive, TrainConfig, parse
 from common.waits import bar
 from data import files
 from data.formats import Refused
+from data.questions import Questions
 from data.tokenizer import fit
 from generate import sample_text
 from island import exam
@@ -208,6 +209,9 @@ def main(config):
         if log.due(step, config.save_every):
             save_checkpoint(config, run, step + 1, steps, model, tok, optimizer)
     trainer.finish(config, run, log, lambda: save_checkpoint(config, run, log.next, steps, model, tok, optimizer))
+    if run.rank == 0:
+        about = f"{len(train):,} conversations {f'of {config.data}' if config.data else 'about the island'}"
+        Questions.of(train_rows, held_rows, tok, about).save(config.out)
     report(model, tok, held, held_rows, island, config, run)
 
 

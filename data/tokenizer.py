@@ -164,8 +164,11 @@ class Tokenizer:
 
     def show(self, ids, mask):
         """The text of ids for a terminal: green where the mask is 1, grey where it is 0, special tokens by name."""
-        pieces = [self._names.get(i) or self.engine.decode_more([i]) for i in ids]
-        return "".join(f"\033[{32 if m else 90}m{piece}\033[0m" for piece, m in zip(pieces, mask, strict=True))
+        return "".join(f"\033[{32 if m else 90}m{self.piece(i)}\033[0m" for i, m in zip(ids, mask, strict=True))
+
+    def piece(self, i):
+        """A token as people read it: a special one by its name."""
+        return self._names.get(i) or self.engine.decode_more([i])
 
     def save(self, folder):
         """Writes tokenizer.json, tokenizer_config.json and generation_config.json into a folder, in place of any
