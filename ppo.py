@@ -20,6 +20,7 @@ question!", many words), and says little else. The penalty keeps it near texts f
 something.
 """
 import importlib
+import json
 import math
 import random
 from contextlib import nullcontext
@@ -38,6 +39,7 @@ import sft
 import trainer
 from checkpoints import frozen_as, load, load_init, save_model
 from common import plots
+from common.disk import write_jsonl
 from common.flags import Amount, Count, Positive, Share, TrainConfig, parse
 from data import files
 from data.readability import readability
@@ -343,6 +345,7 @@ class Config(TrainConfig):
     mix_data: str = ""  # plain text for --mix; empty: the island's, where --data is empty too
     mix_rows: Positive = 4  # contexts of plain text in each update
     sample_every: Count = 10  # steps between printed responses
+    watch_every: Count = 5  # the island: steps between answers to five questions, token by token, in watched.jsonl; 0: never
 
 
 def load_prompts(config, tok, block_size, say):
@@ -434,7 +437,9 @@ def main(config):
         trainer.save_state(config, run, step, config.steps, both, *optimizers, extra=adaptive)
         save_model(config, policy, tok)
 
+    watch, models = Watch(island, tok, config, first), (policy, reference, value)
     for step in log.steps():
+        watch.look(step, models, scorer, adaptive["beta"], run)
         for optimizer in optimizers:
             trainer.begin_step(step, config.steps, optimizer, config, run)
         clock, rows, seed = trainer.Clock(run), batches[step], config.seed * 1_000_003 + step
@@ -456,6 +461,7 @@ def main(config):
             log.print(f"step {step}: the KL of a response is {kl:.1f}, beyond --stop-kl {config.stop_kl:g}: "
                       "the run ends here")
             break
+    watch.look(log.next, models, scorer, adaptive["beta"], run)
     trainer.finish(config, run, log, lambda: save(log.next))
     report(policy, tok, scorer, island, config, run)
 
@@ -464,6 +470,35 @@ def sample_lines(rollout, n=4):
     """A few responses with their scores, to read while it trains."""
     return "\n".join(f"   {c[-2]['content']!r} -> {c[-1]['content']!r}  score {s:.2f}"
                      for c, s in zip(rollout.conversations[:n], rollout.scores))
+
+
+class Watch:
+    """Five held-out questions, answered every few iterations with the same random numbers, token by token: watched.jsonl
+    beside the log, of which evaluate.py --story makes a page."""
+
+    def __init__(self, island, tok, config, first):
+        self.questions = exam.five(island) if island and config.watch_every else []
+        self.prompts = [tok.render_prompt(question) for question in self.questions]
+        self.island, self.tok, self.config, self.path = island, tok, config, Path(config.out) / "watched.jsonl"
+        lines = self.path.read_text(encoding="utf-8").splitlines() if first and self.path.is_file() else []
+        self.rows = [row for row in map(json.loads, lines) if row["step"] < first]  # later ones will be done again
+
+    def look(self, step, models, scorer, beta, run):
+        """models: policy, reference, value. Before iteration `step`, or after the last."""
+        if not self.questions or step % self.config.watch_every and step != self.config.steps:
+            return
+        r = roll_out(models[0], self.tok, self.questions, self.prompts, self.config, run, self.config.seed)
+        score(r, scorer, self.config, run)
+        estimate(r, *models, beta, self.config, run)
+        rewards, answers = kl_rewards(r.scores, r.old_logps, r.ref_logps, r.mask, beta), []
+        for i, conversation in enumerate(r.conversations):
+            columns = r.mask[i].nonzero().flatten().tolist()
+            numbers = [[round(x[i, t].item(), 4) for x in (r.old_logps, r.ref_logps, r.advantages, rewards)] for t in columns]
+            answers.append({"question": conversation[-2]["content"], "score": r.scores[i].item(),
+                            "gold": self.island.gold(conversation[:-1], conversation[-1]["content"]),
+                            "tokens": [[self.tok.piece(int(r.ids[i, t + 1])), *four] for t, four in zip(columns, numbers)]})
+        self.rows.append({"step": step, "answers": answers})
+        write_jsonl(self.path, self.rows)
 
 
 def measure(log, step, rollout, updates, adaptive, island, clock):

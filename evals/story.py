@@ -11,7 +11,7 @@ from pathlib import Path
 
 from evals import benches, choice, measure
 import dpo
-from island.exam import MEASURES
+from island.exam import MEASURES, five
 import pretrain
 import ppo
 import reward
@@ -40,7 +40,6 @@ STAGES = {  # folder: its script and the flags that make it another checkpoint t
 POLICIES = [folder for folder in STAGES if folder != "out/reward"]
 UNPENALIZED = ("out/ppo", "out/ppo-no-penalty")
 WITHOUT = "Without the penalty it goes on to where the reward still rises and the gold judge's marks do not."
-QUESTIONS = ["fact", "unknown", "unsafe", "why", "identity"]  # one of each kind is asked of every stage
 
 # ---- the pictures ----------------------------------------------------------------------------------------------------
 
@@ -95,8 +94,7 @@ def run_stages(run, config):
 
 def ask_all(island, run):
     """The same questions, answered greedily by every stage -> [(question, {folder: answer}), ...]."""
-    rows = island.conversations(400, seed=7, split="test")
-    asked = [next(row["messages"][:-1] for row in rows if row["kind"] == kind) for kind in QUESTIONS]
+    asked = five(island)
     answers = {}
     for folder in POLICIES:
         answers[folder] = ask(*load_to_ask(folder, run), asked, run, temperature=0.0)

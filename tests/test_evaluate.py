@@ -541,7 +541,7 @@ def test_every_stage_answers_every_question_greedily(monkeypatch):
         f"{folder} to {messages[-1]['content']}" for messages in asked])
     island = Island()
     asked = story.ask_all(island, RUN)
-    assert len(asked) == len(story.QUESTIONS) == len({question for question, _ in asked}) and set(greedy) == {0.0}
+    assert len(asked) == len(exam.FIVE) == len({question for question, _ in asked}) and set(greedy) == {0.0}
     for question, answers in asked:
         assert answers == {folder: f"{folder} to {question}" for folder in story.POLICIES}
 
