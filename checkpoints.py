@@ -225,7 +225,7 @@ def save_adapter(model, folder, base_name, extra=None):
               "fan_in_fan_out": model.hf_names()[f"{path}.weight"][1],  # stored as (in, out), as GPT-2's Conv1D is
               "trainable_token_indices": tokens and {name.split(".")[-3]: tokens for name in token_rows(model)},
               "inference_mode": True, "init_lora_weights": True,
-              "nanoalign_nf4": {"block": nf4[0].block, "double": nf4[0].scale is not None} if nf4 else None,
+              "nanoalign_nf4": {"block": nf4[0].block, "double": nf4[0].double} if nf4 else None,
               "nanoalign_extra": sorted(extra or {})}
     tensors = peft_parameters(model) | (extra or {})
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

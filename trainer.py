@@ -58,13 +58,18 @@ class Run:
         """A number added over all processes."""
         if self.world == 1:
             return number
-        total = torch.tensor(float(number), dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device)
+        total = torch.tensor(float(number), dtype=widest(self.device), device=self.device)
         dist.all_reduce(total)
         return total.item()
 
     def print(self, *words, **options):
         if self.rank == 0:
             print(*words, flush=True, **options)
+
+
+def widest(device):
+    """The most exact floating-point numbers of a device: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def start(config):
@@ -84,8 +89,9 @@ def start(config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return Run(device, _dtype(config.dtype, device), rank, world)
+    dtype = _dtype(config.dtype, device)
+    torch.backends.cuda.matmul.allow_tf32 = dtype != torch.float32  # whoever asks for float32 gets all of its digits
+    return Run(device, dtype, rank, world)
 
 
 def _dtype(name, device):

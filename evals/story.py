@@ -3,9 +3,12 @@
     python evaluate.py --story          (which calls this file)
 
 Runs whatever stage is missing, asks every checkpoint the same questions, and writes out/story/README.md: a table,
-pictures (matplotlib), answers, and a paragraph a stage. From an empty folder it takes a quarter of an hour
+pictures (matplotlib), answers, and a paragraph a stage; and story.html, the same in one file to play with: PPO's steps
+under a slider, every token coloured by what it is worth. From an empty folder it takes a quarter of an hour
 on one busy CPU core.
 """
+import base64
+import json
 import time
 from pathlib import Path
 
@@ -146,56 +149,99 @@ price for every step away from the SFT model. Gold {number('ppo', 'gold')}, rewa
 far away from them its mistakes are what is optimised."""
 
 
-def page(results, answers, asked, accuracy, quiz, seconds, pictures):
-    """Everything as Markdown."""
+def tables(results, answers, asked):
+    """-> the legend, and three tables, each a header and rows: all measures, the stages' answers, the wall of hacks."""
     headers, rows = zip(*measure.island_table({folder: results[folder] for folder in POLICIES}))
     legend = "; ".join(f"**{MEASURES[name].heading}**: {MEASURES[name].words}" for name in measure.measured(results))
-    whole = markdown([*headers[0], *headers[1][1:]], [[*left, *right[1:]] for left, right in zip(*rows)])
-    answered = markdown(["asked", *(Path(folder).name for folder in POLICIES)],
-                        [[question, *(texts[folder] for folder in POLICIES)] for question, texts in asked])
-    hacks = markdown(["question", "answer", "of", "reward", "gold"], [
+    whole = [*headers[0], *headers[1][1:]], [[*left, *right[1:]] for left, right in zip(*rows)]
+    answered = (["asked", *(Path(folder).name for folder in POLICIES)],
+                [[question, *(texts[folder] for folder in POLICIES)] for question, texts in asked])
+    hacks = ["question", "answer", "of", "reward", "gold"], [
         [a["question"], a["answer"], Path(a["model"]).name, f"{a['reward']:.2f}", f"{a['gold']:.0f}"]
-        for a in measure.hacks(answers)])
+        for a in measure.hacks(answers)]
+    return legend, whole, answered, hacks
 
-    def image(name, text):
-        return f"![{text}]({name})\n\n{text}\n" if pictures else ""
 
+def lead(answers, seconds):
+    """What the page is about, in a paragraph."""
     times = "".join(f"; {Path(folder).name} {s:.0f} s" for folder, s in seconds.items())
-    return f"""# From raw text to an aligned assistant
-
-One model of 0.9 M parameters and what each stage of post-training made of it. All were asked the same
+    return f"""One model of 0.9 M parameters and what each stage of post-training made of it. All were asked the same
 {len(answers) // len(POLICIES)} questions about residents, strangers and dangers that no conversation and no vote has
 mentioned, at temperature 1. Every number is a mean with half the width of its 95 % interval over the questions; another
-seed of the training may move it further. One seed here; {benches.machine()}{times}.
+seed of the training may move it further. One seed here; {benches.machine()}{times}."""
 
-{whole}
+
+PICTURES = {
+    "island.png": "The same as bars with their intervals.",
+    "over_optimisation.png": "Each point is an iteration of PPO. " + WITHOUT,
+    "losses.png": "Training losses; the two preference losses begin at ln 2, where a coin would be.",
+    "calibration.png": "Of the pairs where the reward model expects a win so often: how often was it one?",
+    "distributions.png": "Length and readability of answers, before preferences (sft, sft-community) and after."}
+
+
+def page(results, answers, asked, told, seconds, pictures):
+    """Everything as Markdown. told: the paragraphs."""
+    legend, whole, answered, hacks = tables(results, answers, asked)
+
+    def image(name):
+        return f"![{PICTURES[name]}]({name})\n\n{PICTURES[name]}\n" if pictures else ""
+
+    return f"""# From raw text to an aligned assistant
+
+{lead(answers, seconds)}
+
+{markdown(*whole)}
 
 {legend}.
 
-{image("island.png", "The same as bars with their intervals.")}
+{image("island.png")}
 ## What each stage did
 
-{paragraphs(results, accuracy, quiz)}
+{told}
 
 ## The same questions, answered by every stage
 
 These are the likeliest answers; the table above counts answers drawn at random, where a model that is right at its best
 may often be wrong.
 
-{answered}
+{markdown(*answered)}
 
 ## Reward against gold
 
-{image("over_optimisation.png", "Each point is an iteration of PPO. " + WITHOUT)}
+{image("over_optimisation.png")}
 The wall of hacks: answers whose reward most exceeds their gold mark, both counted in standard deviations.
 
-{hacks}
+{markdown(*hacks)}
 
 ## How the training went
 
-{image("losses.png", "Training losses; the two preference losses begin at ln 2, where a coin would be.")}
-{image("calibration.png", "Of the pairs where the reward model expects a win so often: how often was it one?")}
-{image("distributions.png", "Length and readability of answers, before preferences (sft, sft-community) and after.")}"""
+{image("losses.png")}
+{image("calibration.png")}
+{image("distributions.png")}"""
+
+
+def watched(folder):
+    """What the page shows of a PPO run: its log, and its answers to five questions; None where it has not kept them."""
+    path = Path(folder) / "watched.jsonl"
+    if not path.is_file():
+        return None
+    log = [{name: line[name] for name in ("step", "score", "gold", "kl")} for line in plots.read_log(folder)]
+    return {"title": f"{Path(folder).name}: {'with' if folder == UNPENALIZED[0] else 'without'} the penalty", "log": log,
+            "watched": [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]}
+
+
+def html(results, answers, asked, told, seconds, folder):
+    """The page as one file that needs no other (story.html): tables that sort, PPO under a slider, pictures inside."""
+    legend, *three = tables(results, answers, asked)
+    colors = {name: plots.color(path) for path in POLICIES for name in (path, Path(path).name)}
+    pictures = [["data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode(), text]
+                for name, text in PICTURES.items() if (folder / name).is_file()]
+    runs = {path: watched(path) for path in UNPENALIZED}
+    data = {"lead": lead(answers, seconds), "legend": legend, **dict(zip(("results", "answers", "hacks"), three)),
+            "paragraphs": [" ".join(part.split()) for part in told.split("\n\n")], "pictures": pictures, "colors": colors,
+            "ppo": {Path(path).name: run for path, run in runs.items() if run}}
+    template = (Path(__file__).with_suffix(".html")).read_text(encoding="utf-8")
+    return template.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1)  # no text of a model can end the script
 
 
 def main(config, run):
@@ -216,10 +262,12 @@ def main(config, run):
         reward.plot_calibration(reward.calibration(rows, scores), folder / "calibration.png")
     else:
         run.print("matplotlib is not installed, so the page has no pictures (pip install matplotlib)")
-    text = page(results, answers, ask_all(island, run), (micro, n), quiz, seconds, pictures)
-    with replacing(folder / "README.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-    run.print(f"\nthe story is in {folder / 'README.md'}")
+    asked, told = ask_all(island, run), paragraphs(results, (micro, n), quiz)
+    for name, write in {"README.md": page, "story.html": html}.items():
+        text = write(results, answers, asked, told, seconds, pictures if write is page else folder)
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    run.print(f"\nthe story is in {folder / 'README.md'}, and as a page to play with in {folder / 'story.html'}")
 
 
 if __name__ == "__main__":
