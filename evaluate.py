@@ -17,7 +17,7 @@ from common.errors import UserError
 
 import trainer
 from common.flags import Amount, Count, DType, Positive, Probability, parse
-from common.disk import prepare
+from common.disk import writable
 from evals import measure, results, story
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def main(config):
         raise UserError(f"--n {config.n}: it must be at least 1")
     run = trainer.start(config)
     config.out = config.out or f"out/{'story' if config.story else 'results' if config.results else 'evaluate'}"
-    prepare(config.out)
+    writable(config.out)
     if config.story:
         return story.main(config, run)
     if config.results:

@@ -139,11 +139,11 @@ def sweep(folder):
 CLAIMED = {}  # (device, inode) of a folder: the descriptor that holds its lock
 
 
-def prepare(folder):
+def writable(folder):
     """Makes the folder and tries whether a file can be written there: now, not when the work is done. What killed
     processes have left goes. Raises UserError."""
     folder = Path(folder)
-    with on_disk(folder, "--out has to be a folder that can be written to, choose another one"):
+    with on_disk(folder, "it has to be a folder in which files can be written, choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
         probe = folder / f".try.{os.getpid()}.tmp"
@@ -154,9 +154,9 @@ def prepare(folder):
 
 
 def claim(folder):
-    """Prepares the folder, and no other process can claim it until this one ends, however it does, or calls release.
-    Raises UserError where another one has."""
-    prepare(folder)
+    """Makes sure that the folder is writable, and that no other process can claim it until this one ends, however it
+    does, or calls release. Raises UserError where another one has."""
+    writable(folder)
     if not lock(folder):
         print(f"this system cannot lock {folder}: do not start a second run with this --out while it runs")
     settle(folder)
@@ -295,6 +295,7 @@ class Ledger:
 
     def __init__(self, path, fields, what):
         self.path, self.rows, self.size = Path(path), [], 0  # size: bytes of the whole lines
+        writable(self.path.parent)  # now, not when the first row has been paid for
         begin = f'{{"{next(iter(fields))}": '.encode()
         try:
             for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:

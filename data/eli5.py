@@ -31,7 +31,7 @@ from common import download
 from data.readability import is_simple
 from data.report import PipelineReport
 from data.shapes import BadRow, as_number, as_text, check_texts, recognise, says
-from common.disk import writing
+from common.disk import writable, writing
 from common.flags import parse
 
 DATASET = "vblagoje/lfqa"  # ELI5 (Fan et al. 2019) without most of its leaks (Krishna et al. 2021)
@@ -241,6 +241,7 @@ def write_posts(posts, out, config, report):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 def main(config):
+    writable(config.out)
     report, jobs = PipelineReport(), sources(config.source)
     toxicity, judge = clean.load_toxicity(config.toxicity)
     report.note(f"toxicity is judged by {judge}")

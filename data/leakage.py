@@ -31,7 +31,7 @@ from data.clean import rows_of
 from data.files import read, stream
 from data.report import shortened
 from data.shapes import NEEDS, BadRow
-from common.disk import writing
+from common.disk import writable, writing
 
 MODEL = "all-mpnet-base-v2"  # 768 dimensions; what the cut of 0.6 was chosen for
 BLOCK = 8192  # questions of the one set in a matrix product
@@ -199,6 +199,8 @@ def main():
     paths = [Path(path).expanduser() for path in (args.train, *args.held)]
     if len(paths) > 3:
         raise UserError(f"{len(paths)} files: give train, validation and test, or train and test")
+    if args.out:
+        writable(args.out)
     questions = [questions_of(path) for path in paths]
     train, *validation, test = (list(found.values()) for found in questions)
     found = remove_leaks(train, validation[0] if validation else [], test, args.cut, args.model)

@@ -25,7 +25,7 @@ from data.files import read
 from data.report import PipelineReport
 from data.shapes import BadRow, finished, is_flat, plant, tree_rows
 from data.toxicity import is_clean, toxicity_of
-from common.disk import writing
+from common.disk import writable, writing
 from common.flags import parse
 
 SPLITS = ("train", "validation")
@@ -133,6 +133,7 @@ def rows_of(trees, form, report):
 
 def prepare(config):
     """Writes the files and the report -> PipelineReport."""
+    writable(config.out)
     report, found = PipelineReport(), find_files(config)
     with writing(config.out, [f"{form}_{split}" for split in found for form in FORMS]) as out:
         for split, paths in found.items():

@@ -31,7 +31,7 @@ from data.files import read
 from data.report import PipelineReport
 from data.shapes import BadRow, finished, recognise
 from data.tokenizer import get_tokenizer
-from common.disk import writing
+from common.disk import writable, writing
 from common.flags import parse
 
 LEFT_OUT = ("math", "coding", "coding & debugging")  # SmolTalk's names and those of the original Magpie Ultra
@@ -173,6 +173,7 @@ def mix(config, say=print):
     """Writes the subsets, the mixture and the report -> PipelineReport."""
     if config.source and Path(config.source).resolve() == Path(config.out).resolve():
         raise UserError("--source and --out are the same folder, so the subsets would be overwritten: change --out.")
+    writable(config.out)
     report, found = PipelineReport(), {name: paths for name in SUBSETS if (paths := find_files(name, config.source))}
     if not found:
         raise UserError(f"{config.source} has no file named as a subset: {', '.join(SUBSETS)}.")

@@ -143,7 +143,8 @@ class Tokenizer:
         for (begin, end), one in zip([*spans, (len(text), len(text))], [*learned, 0], strict=True):
             for to, m in ((begin, 0), (end, one)):
                 self._append(ids, text[at:to])
-                mask, at = mask + [m] * (len(ids) - len(mask)), to
+                mask += [m] * (len(ids) - len(mask))
+                at = to
         return ids, mask
 
     def _hide(self, found):

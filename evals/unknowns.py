@@ -36,7 +36,7 @@ from island.words import UNKNOWN
 from data.tokenizer import get_tokenizer
 from generate import ask
 from quant import freeze
-from common.disk import writing
+from common.disk import writable, writing
 from common.flags import Amount, Count, DType, Positive, parse
 
 AT_ONCE = 64  # answers generated side by side
@@ -154,6 +154,7 @@ def checked(config):
 
 def main(config):
     folder, = checked(config).checkpoint
+    writable(Path(config.out).parent)
     run = trainer.start(config)
     model, tok = load(folder, linear=freeze).to(run.device), get_tokenizer(folder)
     rows, others, right = load_questions(config, run.print)

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from common.errors import UserError, end_politely
-from common.disk import write_jsonl
+from common.disk import writable, write_jsonl
 from data.readability import readability
 from island import dirty
 from island.kinds import ATTRIBUTES, KINDS
@@ -37,7 +37,7 @@ def write(island, args):
                         "python sft.py --with search")
     if folder.is_file():
         raise UserError(f"{folder} is a file: give --write the name of a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    writable(folder)
     votes = {"flattery": args.flattery, "noise": args.noise} | kinds
     write_rows(folder / "pretrain.jsonl", [{"text": text} for text in island.plain_text()])
     for answers in ("clean", "community"):

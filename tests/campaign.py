@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "robust.md"
 OUTCOMES = ("fine", "sentence", "traceback", "hang", "silent", "lost", "left", "other")
-LIMIT = 120  # seconds until a command hangs
+LIMIT = 600  # seconds until a command hangs
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def stages(folder):
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"question {i}?"}) for i in range(40)))
     pairs = ["--data", folder / "pairs.jsonl", "--init", folder / "sft", *SMALL]
     talks = ["sft.py", "--data", folder / "pairs.jsonl", "--init", folder / "base", "--mix", 0, *SMALL]
-    made = {"pretrain": ["pretrain.py", "--data", folder / "text.jsonl", "--n-layer", 1, "--n-embd", 64, "--block-size",
+    made = {"pretrain": ["pretrain.py", "--data", folder / "text.jsonl", "--n-layer", 1, "--n-embd", 32, "--block-size",
                          64, *SMALL],
             "sft": talks, "sft-lora": [*talks, "--lora-r", 4], "reward": ["reward.py", *pairs], "dpo": ["dpo.py", *pairs],
             "ppo": ["ppo.py", "--data", folder / "prompts.jsonl", "--init", folder / "sft", "--reward",
@@ -102,142 +103,199 @@ def interrupted(command, out):
     return contents(out)
 
 
+def uninterrupted(command, out):
+    """-> the weights that a whole run ends with, and its seconds."""
+    begun = time.time()
+    what, said = run(*command, "--out", out)
+    assert what == "fine", said
+    made = weights(out)
+    shutil.rmtree(out)
+    return made, time.time() - begun
+
+
 def weights(folder):
     return {name: content for name, content in contents(folder).items() if name.endswith(".safetensors")}
 
 
-# ---- kills -----------------------------------------------------------------------------------------------------------
+# ---- kills and signals -----------------------------------------------------------------------------------------------
 
-def kills(folder, cases=60, seed=0):
-    """kill -9 at a random moment of each stage, from its imports to its end, then the same command again, with
-    --resume where a state is there: it has to end as a run that nobody has killed."""
+def kills(folder, cases=36):
+    """kill -9 at a random moment of each stage, from its imports to its last word, then the same command again, with
+    --resume where a run is to be finished: it has to end as a run that nobody has killed."""
+    yield from stops(folder, [signal.SIGKILL], cases)
+
+
+def signals(folder, cases=36):
+    """The same with Ctrl-C, SIGTERM and SIGHUP: the first run says no more than a sentence, and saves what it can."""
+    yield from stops(folder, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], cases)
+
+
+def stops(folder, numbers, cases, seed=0):
     rng, made = random.Random(seed), stages(folder / "stages")
-    whole, seconds = {}, {}
-    for stage, command in made.items():
-        begun = time.time()
-        run(*command, "--out", folder / "whole")
-        whole[stage], seconds[stage] = weights(folder / "whole"), time.time() - begun
-        shutil.rmtree(folder / "whole")
+    whole = {stage: uninterrupted(command, folder / "whole") for stage, command in made.items()}
     for case in range(cases):
-        stage = list(made)[case % len(made)]
-        out, after = folder / "out", rng.uniform(0.3, seconds[stage])
+        stage, number = list(made)[case % len(made)], numbers[case // len(made) % len(numbers)]
+        out, after = folder / "out", rng.uniform(0.1, whole[stage][1])
         process = start(*made[stage], "--out", out)
         time.sleep(after)
-        process.kill()
-        process.communicate()
-        resume = ["--resume"] if (out / "state.pt").is_file() or (out / ".saved" / "state.pt").is_file() else []
-        what, said = run(*made[stage], "--out", out, *resume)
-        if what == "fine":
-            what = "left" if strays(out) else "fine" if weights(out) == whole[stage] else "other"
-        yield f"{stage} after {after:.2f} s{' --resume' * bool(resume)}", what, said
+        process.send_signal(number)
+        said = outcome(process)[1]
+        name = f"{stage}, {number.name} after {after:.2f} s"
+        if "Traceback" in said:
+            yield name, "traceback", said
+            continue
+        begun = any((out / path).is_file() for path in ("state.pt", ".saved/state.pt"))
+        if not begun and weights(out) == whole[stage][0]:
+            what = "fine"  # it was done
+        else:
+            what, said = run(*made[stage], "--out", out, *["--resume"] * begun)
+            if what == "fine":
+                what = "left" if strays(out) else "fine" if weights(out) == whole[stage][0] else "other"
+        yield name + " --resume" * begun, what, said
         shutil.rmtree(out, ignore_errors=True)
 
 
 # ---- a full disk -----------------------------------------------------------------------------------------------------
 
-def small_disk(folder, megabytes=2):
-    """Mounts one -> True, or False where this user may not."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return not ctypes.CDLL(None, use_errno=True).mount(b"tmpfs", bytes(folder), b"tmpfs", 0, f"size={megabytes}m".encode())
+def mounted(disk, megabytes=2):
+    """Mounts a disk of this size -> may this user do that?"""
+    disk.mkdir(parents=True, exist_ok=True)
+    return not ctypes.CDLL(None).mount(b"tmpfs", bytes(disk), b"tmpfs", 0, f"size={megabytes}m".encode())
 
 
 def fill(disk, room):
     """Fills the disk up to `room` bytes -> the file that does."""
     ballast = disk / "ballast"
-    with open(ballast, "wb") as file:
-        file.write(b"x" * max(0, shutil.disk_usage(disk).free - room))
+    ballast.write_bytes(b"x" * max(0, shutil.disk_usage(disk).free - room))
     return ballast
 
 
-def disk_full(folder, rooms=(0, 20_000, 150_000, 400_000, 900_000)):
+def disk_full(folder):
     """A disk of 2 MB with so many bytes left, for each stage from its start and resumed: one sentence, the old files as
     they were, and with room again it ends as if nothing had been. The data tools too."""
-    disk = folder / "disk"
-    if not small_disk(disk):
-        print("no disk of 2 MB can be mounted here (that takes root): writes beyond a limit (ulimit -f) fail instead")
+    disk, made = folder / "disk", stages(folder / "stages")
+    if not mounted(disk):
+        print("no disk of 2 MB can be mounted here (that takes root), so only file_limit is tried")
         return
     try:
-        made = stages(folder / "stages")
         for stage, command in made.items():
-            yield from full_stage(stage, command, folder, disk, rooms)
-        yield from full_tools(folder, disk)
+            whole = uninterrupted(command, folder / "whole")[0]
+            for room in (0, 70_000, 400_000):
+                yield from squeezed(f"{stage}, {room} bytes left", command, whole, folder, disk, room=room)
+        yield from full_tools(made, folder, disk)
     finally:
         ctypes.CDLL(None).umount2(bytes(disk), 2)
 
 
-def full_stage(stage, command, folder, disk, rooms):
-    run(*command, "--out", folder / "whole")
-    whole = weights(folder / "whole")
-    shutil.rmtree(folder / "whole")
-    for room in rooms:
-        before, out = interrupted(command, folder / "out"), disk / "out"
-        shutil.copytree(folder / "out", out)
-        ballast = fill(disk, room)
-        what, said = run(*command, "--out", out, "--resume")
+def file_limit(folder):
+    """The same where each file may have so many bytes (ulimit -f) and a write beyond fails: another error, the same
+    sentence."""
+    made = stages(folder / "stages")
+    for stage, command in made.items():
+        whole = uninterrupted(command, folder / "whole")[0]
+        for limit in (2_000, 150_000):
+            yield from squeezed(f"{stage}, files up to {limit} bytes", command, whole, folder, folder, limit=limit)
+
+
+def limited(size):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def squeezed(name, command, whole, folder, disk, room=None, limit=None):
+    """One run from its start and one resumed, on a disk with so much room or with files up to a limit."""
+    options = {} if limit is None else {"preexec_fn": limited(limit)}
+    for resume in (False, True):
+        out = disk / "out"
+        before = interrupted(command, folder / "begun") if resume else {}
+        if resume:
+            shutil.copytree(folder / "begun", out)
+        ballast = None if room is None else fill(disk, room)
+        what, said = run(*command, "--out", out, *["--resume"] * resume, **options)
+        kept = {path: content for path, content in before.items() if path != "log.jsonl"}
         if what == "sentence":
-            now = contents(out)
-            kept = {name: content for name, content in before.items() if name != "log.jsonl"}
-            what = "lost" if any(now.get(name) != kept[name] for name in kept) else "left" if strays(out) else what
-        ballast.unlink()
-        yield f"{stage} --resume, {room} bytes left", what, said
-        if what == "sentence":
-            shutil.copytree(out, folder / "again")  # on a disk with room
+            now = contents(out) if out.exists() else {}
+            what = "left" if strays(disk) else what if all(now.get(path) == kept[path] for path in kept) else "lost"
+        yield name + " --resume" * resume, what, said
+        if ballast:
+            ballast.unlink()
+        if resume and what == "sentence":
+            shutil.copytree(out, folder / "again")  # where there is room
             what, said = run(*command, "--out", folder / "again", "--resume")
-            yield f"{stage} with room again", what if weights(folder / "again") == whole else "other", said
-        for path in (out, folder / "out", folder / "again"):
+            yield name + ", then with room", what if weights(folder / "again") == whole else "other", said
+        for path in (out, folder / "begun", folder / "again"):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def full_tools(folder, disk):
-    run("-m", "island", "--dump", folder / "dump")
-    tools = {"island --dump": ["-m", "island", "--dump", disk / "dump"],
-             "island --write": ["-m", "island", "--write", disk / "rows"],
-             "data.identity": ["-m", "data.identity", "--out", disk / "id.jsonl"],
-             "data.eli5": ["-m", "data.eli5", "--source", folder / "dump", "--out", disk / "eli5"],
-             "data.clean": ["-m", "data.clean", folder / "dump" / "articles.jsonl", "--out", disk / "clean.jsonl"],
-             "lora merge": ["lora.py", "--adapter", folder / "adapter", "--out", disk / "merged"],
-             "chat --file": ["chat.py", folder / "stages" / "sft", "--file", folder / "stages" / "prompts.jsonl", "--out",
-                             disk / "answers.jsonl"]}
-    run(*stages_lora(folder), "--out", folder / "adapter")
-    for name, command in tools.items():
-        for room in (0, 12_000):
+def tools(made, folder, out):
+    """{name: command} of whatever else writes; each into `out` or a file below it."""
+    dump = folder / "dump"
+    if not dump.exists():
+        for what, said in (run("-m", "island", "--dump", dump), run(*made["sft-lora"], "--out", folder / "adapter")):
+            assert what == "fine", said
+    (folder / "cases.jsonl").write_text("\n".join(json.dumps({"text": f"{i} hens. " * 40}) for i in range(90)))
+    sft, questions = folder / "stages" / "sft", folder / "stages" / "prompts.jsonl"
+    return {"island --dump": ["-m", "island", "--dump", out], "island --write": ["-m", "island", "--write", out],
+            "data.identity": ["-m", "data.identity", "--out", out / "id.jsonl"],
+            "data.eli5": ["-m", "data.eli5", "--source", dump, "--out", out],
+            "data.simple_wikipedia": ["-m", "data.simple_wikipedia", "--source", dump / "articles.jsonl", "--out", out],
+            "data.clean": ["-m", "data.clean", folder / "cases.jsonl", "--out", out / "clean.jsonl", "--toxicity", "words"],
+            "data.leakage": ["-m", "data.leakage", dump / "train.jsonl", dump / "test.jsonl", "--model", "tfidf", "--out",
+                             out],
+            "evals.unknowns": ["-m", "evals.unknowns", sft, "--data", folder / "stages" / "pairs.jsonl", "--out",
+                               out / "idk.jsonl"],
+            "evaluate": ["evaluate.py", sft, "--data", folder / "stages" / "pairs.jsonl", "--sample", 4, "--out", out],
+            "lora": ["lora.py", "--adapter", folder / "adapter", "--out", out],
+            "chat --file": ["chat.py", sft, "--file", questions, "--out", out / "answers.jsonl"]}
+
+
+def full_tools(made, folder, disk):
+    for name, command in tools(made, folder, disk / "out").items():
+        for room in (0, 12_000):  # nothing, and not all
             ballast = fill(disk, room)
             what, said = run(*command)
             ballast.unlink()
             yield f"{name}, {room} bytes left", "left" if what == "sentence" and strays(disk) else what, said
-            for path in disk.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def stages_lora(folder):
-    return ["sft.py", "--data", folder / "stages" / "pairs.jsonl", "--init", folder / "stages" / "base", "--mix", 0, *SMALL,
-            "--lora-r", 4]
+            shutil.rmtree(disk / "out", ignore_errors=True)
 
 
 # ---- places for --out ------------------------------------------------------------------------------------------------
 
 def outs(folder):
-    """--out that is a file, below a file, in a folder that may not be written, /dev/null, empty, too long: found before
-    any work."""
-    made = stages(folder / "stages")
+    """--out that is a file, below a file, on a disk that is only read, in /proc, /dev/null, empty or too long a name: found
+    before any work."""
+    made, disk = stages(folder / "stages"), folder / "disk"
     (folder / "file").write_text("mine")
     places = {"a file": folder / "file", "below a file": folder / "file" / "x", "/dev/null": "/dev/null", "empty": "",
-              "300 characters": folder / ("x" * 300), "/proc": "/proc/x", "200 characters of two bytes": "ä" * 200}
-    for stage, command in made.items():
+              "300 characters": folder / ("x" * 300), "in /proc": "/proc/x", "200 characters of two bytes": "ä" * 200}
+    if mounted(disk):
+        ctypes.CDLL(None).mount(b"tmpfs", bytes(disk), b"tmpfs", 32 | 1, None)  # again, only to be read
+        places |= {"only read": disk, "below only read": disk / "x"}
+    try:
         for name, place in places.items():
-            empty = folder / "here"
-            empty.mkdir()
-            begun = time.time()
-            what, said = run(*command, "--out", place, cwd=empty)
-            if contents(empty) or (folder / "file").read_text() != "mine":
-                what = "lost"
-            yield f"{stage} --out {name} ({time.time() - begun:.1f} s)", what, said
-            shutil.rmtree(empty)
+            for stage, command in {stage: [*command, "--out", place] for stage, command in made.items()}.items():
+                yield from placed(f"{stage} --out {name}", command, folder)
+            if name in ("a file", "below only read"):
+                for tool, command in tools(made, folder, Path(place)).items():
+                    yield from placed(f"{tool} --out {name}", command, folder)
+    finally:
+        ctypes.CDLL(None).umount2(bytes(disk), 2)
+
+
+def placed(name, command, folder):
+    """One command, started in an empty folder that has to stay so."""
+    empty = folder / "here"
+    empty.mkdir()
+    begun = time.time()
+    what, said = run(*command, cwd=empty)
+    if contents(empty) or (folder / "file").read_text() != "mine":
+        what = "lost"
+    yield f"{name} ({time.time() - begun:.1f} s)", what, said
+    shutil.rmtree(empty)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-CAMPAIGNS = {campaign.__name__: campaign for campaign in (kills, disk_full, outs)}
+CAMPAIGNS = {campaign.__name__: campaign for campaign in (kills, signals, disk_full, file_limit, outs)}
 HEAD = f"| campaign | what is tried | cases | {' | '.join(OUTCOMES)} | when |\n|---|---|{'---:|' * (len(OUTCOMES) + 1)}---|\n"
 
 

@@ -145,7 +145,7 @@ def test_so_is_a_place_that_only_refuses(tmp_path, monkeypatch, call, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, call, refuse)
-    with pytest.raises(UserError, match=f"{os.strerror(number)}.*choose another one"):
+    with pytest.raises(UserError, match=f"{os.strerror(number)}.*choose another --out"):
         trainer.start(sft.Config(out=str(tmp_path / "x"), device="cpu"))
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # a file imports from floors below, and within its own folder without going in a circle
     ["common", "kernels"], ["data", "model", "trainer", "island.words"], ["island.told"], ["island.kinds"],
     ["llama", "quant", "island.world"], ["lora"], ["checkpoints"], ["generate"], ["island.exam", "island.vocabulary", "island.dirty"], ["island.__main__", "pretrain"], ["sft"], ["reward", "dpo"],
-    ["ppo"], ["evals", "course"], ["chat", "evaluate", "bench", "learn"]]
+    ["ppo"], ["evals"], ["course"], ["chat", "evaluate", "bench", "learn"]]
 FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "tests"
          and not any(part.startswith(".") or part in ("venv", "out", "my") for part in path.relative_to(ROOT).parts)]
 
@@ -79,13 +79,13 @@ def test_no_other_file_knows_the_names_of_the_layers(file, names):
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 
-COMMAND = re.compile(r"python ((?:-m (?:data|island|evals|common)[\w.]*)|\w+\.py)([^`\n]*)")
+COMMAND = re.compile(r"python ((?:-m (?:data|island|evals|common|course(?!\.child))[\w.]*)|\w+\.py)([^`\n]*)")
 
 
 def commands():
     """{(program, its flags)} of every command in README and code. What stands in braces is filled in while it runs."""
     found = {}
-    for path in [ROOT / "README.md", *FILES, *(ROOT / "docs").glob("*.md")]:
+    for path in [ROOT / "README.md", *FILES, *(ROOT / "docs").rglob("*.md")]:
         text = re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8"))  # strings that go on in the next line
         for program, rest in COMMAND.findall(text):
             flags = re.findall(r"(?<!\S)--[a-z][\w-]*", re.split(r"\s{2,}|[;)]", rest)[0])  # behind it stands what it does

@@ -1,4 +1,4 @@
-"""Lesson 8: rewards for tokens, advantages, and how far a policy may move."""
+"""Lessons 8 and 9: rewards for tokens, advantages, and how far a policy may move."""
 import torch
 
 import ppo
