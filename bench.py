@@ -14,19 +14,20 @@ what is printed is the median ratio with the smallest and the largest. Memory is
 import argparse
 import functools
 
-from common.errors import UserError, end_politely
+from common.errors import end_politely
+from common.flags import Count, Parser, Positive, bounded
 from evals.benches import SHAPES, bench_dpo, bench_generate, bench_nf4, bench_ppo, bench_sft, machine
 
 COMMANDS = {"sft": bench_sft, "dpo": bench_dpo, "ppo": bench_ppo, "generate": bench_generate, "nf4": bench_nf4}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS, help="what to measure")
-    number = functools.partial(parser.add_argument, type=int)
-    number("--rounds", default=5, help="times that each candidate runs (default 5)")
+    number = functools.partial(parser.add_argument, type=bounded(Count))
+    parser.add_argument("--rounds", type=bounded(Positive), default=5, help="times that each candidate runs (default 5)")
     number("--batch-size", default=0, help="rows at a time; 0: 8 for sft and dpo, 64 for ppo, 16 for generate")
-    number("--steps", default=8, help="optimizer steps in one round of sft or dpo (default 8)")
+    parser.add_argument("--steps", type=bounded(Positive), default=8, help="optimizer steps in one round of sft or dpo (default 8)")
     number("--new-tokens", default=0, help="tokens added to each prompt; 0: 64 for generate, 28 for ppo")
     parser.add_argument("--shape", choices=SHAPES,
                         help="small: GPT-2 small; tiny: 4 layers of width 128; empty: both, for ppo tiny")
@@ -36,9 +37,6 @@ def main(argv=None):
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="auto: bfloat16 where the hardware is fast at it")
     args = parser.parse_args(argv)
-    for name, least in {"rounds": 1, "batch_size": 0, "steps": 1, "new_tokens": 0}.items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
     print(machine() + "\n")
     COMMANDS[args.command](args)
 

@@ -28,8 +28,9 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from common.errors import UserError
+from common.errors import UserError, visible
 
 import torch
 from tqdm import tqdm
@@ -41,7 +42,7 @@ from island.world import Island, says
 from data.questions import Questions
 from data.tokenizer import get_tokenizer
 from common.disk import Ledger, write_jsonl
-from common.flags import Amount, Count, DType, Positive, Probability, Template, parse
+from common.flags import Amount, Bounds, Count, DType, Positive, Probability, Seed, Template, parse
 from generate import fit_question, generate, stream
 from model import token_logps
 from quant import freeze
@@ -58,7 +59,7 @@ COMMANDS = {"/reset": "begins a new conversation",
 
 def note(text):
     """A line about the chat, not of it: a pipe carries answers only."""
-    tqdm.write(str(text), file=sys.stderr)  # above a bar, where there is one
+    tqdm.write(visible(text), file=sys.stderr)  # above a bar, where there is one
 
 
 # ---- one checkpoint --------------------------------------------------------------------------------------------------
@@ -89,8 +90,8 @@ class Speaker:
     def introduce(self):
         """What it has learned from, and three questions to begin with."""
         if self.questions:
-            note(f"{self.folder} learned from {self.questions.about}; try\n"
-                 + "\n".join(f"   {' '.join(text.split())[:200]}" for text in self.questions.try_))
+            note(f"{self.folder} learned from {visible(self.questions.about)}; try\n"
+                 + "\n".join(f"   {' '.join(visible(text).split())[:200]}" for text in self.questions.try_))
 
     def filled(self, system):
         """How much of the context the conversation takes so far -> tokens, of how many."""
@@ -139,7 +140,7 @@ class Speaker:
         text = self.text(new)
         show(text[len(shown):] + "\n")
         if self.config.tokens and new:
-            show(self.coloured(ids, new) + "\n")
+            print(self.coloured(ids, new), flush=True)
         if text:  # a question that was stopped before its answer began is not remembered
             turns, memory = [m for m in read if m["role"] != "system"] + [says("assistant", text)], self.config.memory
             self.turns = turns[-2 * memory:] if memory > 0 else turns if memory else []
@@ -204,9 +205,9 @@ class Chat:
                 print(f"[{speaker.folder}]")
             messages = with_system(speaker.turns + [says("user", question)], self.system)
             seed = self.config.seed * 1_000_003 + self.asked
-            read, answer = speaker.reply(messages, seed, lambda text: print(text, end="", flush=True), self.terminal)
+            read, answer = speaker.reply(messages, seed, lambda text: print(visible(text), end="", flush=True), self.terminal)
             if self.island:
-                print(f"{self.marks(read, answer)}\n", flush=True)
+                print(f"{visible(self.marks(read, answer))}\n", flush=True)
 
     def prompt(self):
         """What stands before a line that is typed: how full the fullest context is."""
@@ -357,14 +358,14 @@ class Config:
     top_k: Count = 0  # sample from this many of the likeliest tokens; 0: from all
     max_new_tokens: Positive = 256  # longest answer; a conversation always keeps half the context
     tokens: bool = False  # shows the tokens: what training masks in grey, the answer's coloured by their probability
-    memory: int = -1  # earlier questions that it is shown with their answers; -1: as many as fit, 0: none
+    memory: Annotated[int, Bounds(-1, 10 ** 9)] = -1  # earlier questions that it is shown with their answers; -1: as many as fit, 0: none
     reward: str = ""  # shows marks from the start: a reward model, or 0.7*out/a+0.3*out/b; empty: out/reward at /marks
     file: str = ""  # answer this file's questions (any shape that `python -m data.files FILE --want prompts` reads)
     out: str = ""  # with --file: the answers, {"prompt": [...], "answer": "...", "model": "..."} a line
-    micro_tokens: int = 8192  # with --file: padded tokens of a batch; less needs less memory
+    micro_tokens: Positive = 8192  # with --file: padded tokens of a batch; less needs less memory
     tokenizer: str = ""  # tiny, gpt2, a rank file or a folder; empty: the one in the checkpoint's folder
     template: Template = ""  # how conversations are written (data/formats.py); empty: as the folder says, else chat
-    seed: int = 0  # of the sampling
+    seed: Seed = 0  # of the sampling
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: DType = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
 

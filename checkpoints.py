@@ -64,7 +64,7 @@ def load(name_or_folder, merge=True, base="", how="careful", linear=None, **sett
 def family(folder):
     """-> the class of network that reads the folder. Raises UserError where there is none."""
     name = hub.read_settings(folder).get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{folder} holds a model of type {name!r:.80}: this project reads {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
@@ -255,13 +255,23 @@ def read_adapter_config(folder):
         if unknown:
             raise UserError(f"{path} has {unknown[0]} = {config[unknown[0]]!r}: this project reads adapters "
                             "without that setting")
+        get = functools.partial(hub.setting, folder, file=CONFIG)
+        get(config, "r", int), get(config, "lora_alpha", float, low=1e-6), get(config, "use_rslora", bool)
+        get(config, "lora_dropout", float, low=0, high=1 - 1e-6)
         tokens = config.get("trainable_token_indices") or {}
         tokens = tokens if isinstance(tokens, dict) else {"": tokens}  # a list is of the embedding
-        config["trainable_token_indices"] = {name: [int(i) for i in ids] for name, ids in tokens.items()}
-        if not (int(config["r"]) >= 1 and float(config["lora_alpha"]) > 0 and 0 <= float(config["lora_dropout"]) < 1):
-            raise ValueError("r, lora_alpha or lora_dropout is impossible")
+        for ids in tokens.values():
+            for i in range(len(ids)):
+                get(dict(enumerate(ids)), i, int, low=0)
+        config["trainable_token_indices"] = tokens
+        if not isinstance(config["base_model_name_or_path"], (str, type(None))):
+            raise ValueError(f"its base is {config['base_model_name_or_path']!r}")
+        if set(map(type, config["nanoalign_extra"])) - {str}:
+            raise ValueError(f"its nanoalign_extra is {config['nanoalign_extra']!r}")
         nf4 = config["nanoalign_nf4"]
-        config["nanoalign_nf4"] = {"block": int(nf4["block"]), "double": bool(nf4["double"])} if nf4 else None
+        if nf4:
+            get(nf4, "block", int, low=2), get(nf4, "double", bool)
+        config["nanoalign_nf4"] = {"block": nf4["block"], "double": nf4["double"]} if nf4 else None
         return config
     except OSError:
         raise UserError(f"{folder} holds no {CONFIG}, so it is not an adapter folder")
@@ -273,7 +283,7 @@ def read_tensors(folder):
     """-> {name without PEFT's prefix: tensor}."""
     path = Path(folder) / WEIGHTS
     try:
-        return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+        return {name.removeprefix(PREFIX): hub.finite(tensor, f"{path}: {name}") for name, tensor in load_file(path).items()}
     except FileNotFoundError:
         raise UserError(f"{folder} has an {CONFIG} but no {WEIGHTS}: save or copy the adapter again")
     except (SafetensorError, OSError) as error:
@@ -317,10 +327,16 @@ def load_adapter(model, folder):
     wanted = list(dict.fromkeys(ours[place] for place in places.values() if place in ours))
     if not wanted:
         raise UserError(f"{folder}/{WEIGHTS} holds no adapter of a linear layer")
+    ranks = {tensor.size(0) if tensor.dim() else 0 for name, tensor in tensors.items() if ".lora_A." in name}
+    if ranks and config["r"] not in ranks:  # before anything of such a rank is allocated
+        raise UserError(f"{folder}/{CONFIG} has r = {config['r']:,}, but {WEIGHTS} holds adapters of rank "
+                        f"{', '.join(map(str, sorted(ranks)))}: save or copy the adapter again")
     tokens = trained_tokens(model, config["trainable_token_indices"], folder)
     if tokens:  # chat tokens that training had added
+        hub.check_room(4 * max(tokens) * model.config.n_embd, f"{folder}: a vocabulary of {max(tokens) + 1:,} tokens needs",
+                       f"mend {CONFIG}")
         resize_vocab(model, max(tokens) + 1)
-    count = lora.add_lora(model, int(config["r"]), config["lora_alpha"], config["lora_dropout"], wanted,
+    count = lora.add_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], wanted,
                           config["use_rslora"], tokens)
     for name, parameter in peft_parameters(model).items():
         tensor = tensors.get(name, tensors.get(name.partition(".")[2]))
@@ -333,10 +349,24 @@ def load_adapter(model, folder):
 
 
 def base_of(folder):
-    """The adapter's base: a public name, or a folder, as given or else relative to the adapter's folder -> str.
+    """The adapter's base, which may be an adapter itself -> str, as named_base.
 
-    Raises UserError naming both places where the base is in neither.
+    Raises UserError where that leads back to the adapter.
     """
+    base, seen = named_base(folder), {Path(folder).resolve()}
+    here = base
+    while is_adapter(here):
+        if Path(here).resolve() in seen:
+            raise UserError(f"{folder}/{CONFIG}: the adapters {folder} and {here} name each other as base: give a model with "
+                            f"python lora.py --base FOLDER --adapter {folder} --out MERGED")
+        seen.add(Path(here).resolve())
+        here = named_base(here)
+    return base
+
+
+def named_base(folder):
+    """What the adapter names as its base: a public name, or a folder, as given or else relative to the adapter's ->
+    str. Raises UserError naming both places where the base is in neither."""
     name = read_adapter_config(folder)["base_model_name_or_path"]
     if not name:
         raise UserError(f"{folder}/{CONFIG} names no base model: give it with --base")

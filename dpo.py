@@ -33,7 +33,7 @@ import lora
 import sft
 import trainer
 from checkpoints import load_init, save_checkpoint
-from common.flags import Amount, parse
+from common.flags import Amount, Count, Positive, parse
 from common.waits import bar
 from data.pairs import NOTHING_HELD, RankedConfig, answered, choose_pairs, load_ranked
 from generate import sample_text
@@ -194,8 +194,8 @@ NEEDS, COSTS = {"init": (sft, {"answers": "community"})}, (0.2, 150, 10)
 class Config(RankedConfig):
     out: str = "out/dpo"  # folder for the checkpoint and log.jsonl
     loss: str = "sigmoid"  # sigmoid (DPO), ipo, hinge or robust
-    beta: float = 0.3  # price of leaving the reference: the smaller, the further the policy goes
-    label_smoothing: float = 0.0  # share of pairs believed to be labelled wrongly (sigmoid: conservative DPO; robust)
+    beta: Amount = 0.3  # price of leaving the reference: the smaller, the further the policy goes
+    label_smoothing: Amount = 0.0  # share of pairs believed to be labelled wrongly (sigmoid: conservative DPO; robust)
     reference_free: bool = False  # compare with the uniform distribution instead of the start
     lr: float = 0.0  # highest learning rate; 0: by the model's width (1e-4 at 128, 1.7e-5 at 768; adapters 4 times)
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes; with neither 150 on the island, one epoch of --data
@@ -204,8 +204,8 @@ class Config(RankedConfig):
     weight_decay: float = 0.0  # AdamW: on matrices only
     mix: Amount = 0.0  # weight of the loss on plain text beside each batch: it keeps what the base model knows
     mix_data: str = ""  # plain text for --mix; empty: the island's, where --data is empty too
-    mix_rows: int = 4  # contexts of plain text beside each batch
-    sample_every: int = 50  # steps between printed samples
+    mix_rows: Positive = 4  # contexts of plain text beside each batch
+    sample_every: Count = 50  # steps between printed samples
 
 
 def default_lr(config, n_embd):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from common.errors import UserError
 
 import trainer
-from common.flags import Amount, Count, DType, Positive, Probability, parse
+from common.flags import Amount, Count, DType, Positive, Probability, Seed, parse
 from common.disk import writable
 from evals import measure, results, story
 
@@ -33,10 +33,11 @@ class Config:
     max_new_tokens: Positive = 512  # longest answer to your data; at most half the model's context
     temperature: Amount = 0.0  # of answers to your data and for a judge; 0: greedy (the island's table: always 1)
     top_p: Probability = 1.0  # of answers to your data: sample from the likeliest tokens that reach it together
-    choices: str = ""  # multiple choice: quiz (the island's), or files in the shape of ARC, HellaSwag, MMLU, TruthfulQA
+    choices: str = ""  # multiple choice: quiz (the island's), or files: ARC, HellaSwag, MMLU, PIQA, TruthfulQA, WinoGrande
     shots: str = "0"  # multiple choice: examples before each question; leaderboard: 25, 10, 5 and 6, as it counted
     examples: str = ""  # multiple choice: the file that the examples are from; empty: the questions' own
     judge: str = ""  # gold, a reward model's folder, or http://address/v1#model (key: OPENAI_API_KEY)
+    judge_prompts: str = ""  # what a judge at an address is asked, in place of ours: FastChat's judge_prompts.jsonl
     judge_reference: bool = False  # show the judge the answers in your data as right ones
     bert_score: bool = False  # BERTScore of answers to your data too (needs pip install bert-score and a network)
     n: Positive = 400  # questions about the island, for its table, its quiz and its judge
@@ -45,7 +46,7 @@ class Config:
     out: str = ""  # folder for numbers, answers and pictures; empty: out/evaluate
     batch_size: Positive = 32  # answers generated at a time
     micro_tokens: Positive = 16384  # padded tokens in one forward pass
-    seed: int = 0  # of everything random
+    seed: Seed = 0  # of everything random
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: DType = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
 

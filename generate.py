@@ -12,13 +12,13 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
-from common.errors import UserError
+from common.errors import UserError, visible
 
 import torch
 
 import trainer
 from checkpoints import load, load_to_ask
-from common.flags import Amount, Count, DType, Positive, Probability, TrainConfig, parse
+from common.flags import Amount, Count, DType, Positive, Probability, Seed, TrainConfig, parse
 from common.waits import bar
 from data.shapes import says
 from data.tokenizer import fit, get_tokenizer
@@ -197,7 +197,7 @@ class Config:
     temperature: Amount = 0.8  # below 1 likely words become likelier; 0: always the likeliest
     top_p: Probability = 1.0  # sample from the fewest tokens that reach this probability together; 1: from all
     top_k: Count = 0  # sample from this many of the likeliest tokens; 0: from all
-    seed: int = 0  # of the sampling
+    seed: Seed = 0  # of the sampling
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: DType = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
 
@@ -211,7 +211,7 @@ def main(config):
     with run.autocast():
         for ids in generate(model, [prompt] * config.n, config.max_new_tokens, config.temperature, config.top_p, config.top_k,
                             tok.stops, config.seed):
-            print(f"{text}{tok.decode(ids)}")
+            print(visible(f"{text}{tok.decode(ids)}"))
     run.print(f'next: python chat.py {folder}, or another --seed')
 
 

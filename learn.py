@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, field
 
 from common.errors import UserError, end_politely
-from common.flags import parse
+from common.flags import Seed, parse
 from course import student
 from course.use import use
 
@@ -25,7 +25,7 @@ from course.use import use
 class Config:
     words: list[str] = field(default_factory=list)  # start, check, use or solution, and the exercise; none: the list
     folder: str = "my"  # where your files are
-    seed: int = 0  # of the numbers that check draws
+    seed: Seed = 0  # of the numbers that check draws
 
 
 def main(config, script=()):

@@ -40,7 +40,7 @@ import trainer
 from checkpoints import frozen_as, load, load_init, save_model
 from common import plots
 from common.disk import write_jsonl
-from common.flags import Amount, Count, Positive, Share, TrainConfig, parse
+from common.flags import Amount, Count, Number, Positive, Share, TrainConfig, parse
 from data import files
 from data.readability import readability
 from data.shapes import says
@@ -331,7 +331,7 @@ class Config(TrainConfig):
     merge_system: bool = False  # fold a system prompt into the first user turn
     max_new_tokens: Positive = 32  # longest response
     temperature: Amount = 1.0  # of the sampling, and of the log-probabilities
-    missing_eos_score: float = -1.0  # the score of a response without an end token, in place of the model's
+    missing_eos_score: Number = -1.0  # the score of a response without an end token, in place of the model's
     gamma: Share = 1.0  # discount
     lam: Share = 0.95  # lambda of the advantages: 1 trusts the rewards, 0 the value model
     clip_ratio: Amount = 0.2  # how far the policy may move for one token within an iteration

@@ -11,15 +11,17 @@ The blocks' matrices are trained by Muon (trainer.py), all else by AdamW: on the
 """
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from common.flags import Positive, Share, TrainConfig, dropout_of, parse
+from common.errors import UserError
+from common.flags import Bounds, Positive, Share, TrainConfig, dropout_of, parse
 
 import torch
 
 import trainer
 from checkpoints import load, save_checkpoint
 from common.waits import bar
+from common.hub import DEEPEST, check_room
 from data import files
 from data.tokenizer import get_tokenizer
 from island.world import Island
@@ -112,10 +114,10 @@ class Config(TrainConfig):
     lr: float = 1e-2  # highest learning rate
     warmup: int = 40  # steps in which the learning rate rises from 0
     family: Literal["gpt2", "llama"] = "gpt2"  # without --init: a GPT (model.py), or a Llama of its size (llama.py)
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # attention heads
-    n_embd: int = 128  # width
-    block_size: int = 128  # context length
+    n_layer: Annotated[int, Bounds(0, DEEPEST)] = 4  # blocks
+    n_head: Annotated[int, Bounds(1, 2 ** 12)] = 4  # attention heads
+    n_embd: Annotated[int, Bounds(1, 2 ** 16)] = 128  # width
+    block_size: Annotated[int, Bounds(2, 2 ** 20)] = 128  # context length
     muon: bool = True  # Muon (trainer.py) for the blocks' matrices; else AdamW for all, which needs twice the steps
     documents: Positive = 20000  # the island: documents of its plain text
     tales: Share = 0.0  # the island: share of them that is made up and told twice; 0.5 and 900 steps teach it to read
@@ -133,6 +135,20 @@ def load_text(config, tok):
     return text_stream(train, tok), text_stream(held, tok)
 
 
+def new_model(config, vocab_size):
+    """-> a network with random weights."""
+    network, shape = {"gpt2": (GPT, GPTConfig), "llama": (Llama, like_gpt)}[config.family]
+    try:
+        shape = shape(config.block_size, vocab_size, config.n_layer, config.n_head, config.n_embd,
+                      dropout=dropout_of(config), checkpointing=config.checkpointing)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in network(shape).parameters())
+    except ValueError as error:
+        raise UserError(f"--n-embd {config.n_embd} --n-head {config.n_head}: {error}")
+    check_room(16 * size, f"{size:,} parameters with gradients and two moments each need", "take a lower --n-embd or --n-layer")
+    return network(shape)
+
+
 def main(config):
     run = trainer.start(config)
     trainer.prepare(config, run)
@@ -143,9 +159,7 @@ def main(config):
         model = load(config.init, dropout=dropout_of(config), checkpointing=config.checkpointing)
         resize_vocab(model, tok.vocab_size)
     else:
-        network, shape = {"gpt2": (GPT, GPTConfig), "llama": (Llama, like_gpt)}[config.family]
-        model = network(shape(config.block_size, tok.vocab_size, config.n_layer, config.n_head, config.n_embd,
-                              dropout=dropout_of(config), checkpointing=config.checkpointing))
+        model = new_model(config, tok.vocab_size)
     model.to(run.device).train()
     length = min(model.config.block_size + 1, len(train))
     steps = config.steps or math.ceil(config.epochs * len(train) / (config.batch_size * length))

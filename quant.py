@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.flags import Parser, Positive, bounded
 from kernels import nf4
 
 # ---- the codebook ----------------------------------------------------------------------------------------------------
@@ -324,9 +325,9 @@ def print_codebook(block):
 
 def main(inspect, argv=None):
     """inspect: what looks into a checkpoint, (folder, block, file of a picture or None)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", help="a checkpoint folder; without it: the codebook")
-    parser.add_argument("--block", type=int, default=64, help="elements that share one absmax (default 64)")
+    parser.add_argument("--block", type=bounded(Positive), default=64, help="elements that share one absmax (default 64)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the codebook over the checkpoint's weights")
     args = parser.parse_args(argv)
     if args.block < 2 or args.block % 2:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import sft
 import trainer
 from checkpoints import HEAD_NAMES, load, load_init, read_head, save_model
-from common import plots
+from common import hub, plots
 from common.flags import parse
 from common.waits import bar
 from data.pairs import NOTHING_HELD, RankedConfig, answered, choose_pairs, load_ranked, make_pairs
@@ -106,6 +106,9 @@ class RewardModel(nn.Module):
         UserError where it has no head."""
         model, tensors = cls(load(folder, linear=linear)), read_head(folder)
         for name, parameter in model.head.named_parameters():
+            if hub.finite(tensors[name], f"{folder}: its head").shape != parameter.shape:
+                raise UserError(f"{folder}: its reward head is of another model, with shape {tuple(tensors[name].shape)} and not "
+                                f"{tuple(parameter.shape)}: save or copy it again")
             parameter.data.copy_(tensors[name])
         return model
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import pretrain
 import trainer
 from checkpoints import load_init, save_checkpoint
-from common.flags import Amount, Positive, TrainConfig, parse
+from common.flags import Amount, Count, Positive, TrainConfig, parse
 from common.waits import bar
 from data import files
 from data.formats import Refused
@@ -147,16 +147,16 @@ NEEDS, COSTS = {"init": (pretrain, {})}, (0.14, 350, 10)  # what must be there b
 class Config(TrainConfig):
     out: str = "out/sft"  # folder for the checkpoint and log.jsonl
     lr: float = 0.0  # highest learning rate; 0: by the width (2e-3 at 128, 6e-5 at GPT-2's 768; adapters 4 times that)
-    max_tokens: int = 0  # longest example; 0: the model's context
+    max_tokens: Count = 0  # longest example; 0: the model's context
     merge_system: bool = False  # fold a system prompt into the first user turn
     mix: Amount = 1.0  # weight of the loss on plain text beside each batch: it keeps what the base model knows
     mix_data: str = ""  # plain text for --mix; empty: the island's, where --data is empty too
-    mix_rows: int = 4  # contexts of plain text beside each batch
+    mix_rows: Positive = 4  # contexts of plain text beside each batch
     answers: Literal["clean", "community"] = "clean"  # the island: its answers, clean or community (of mixed quality)
     n_sft: Positive = 3000  # the island: conversations
     with_: str = ""  # the island: kinds of questions more, such as reading,search: `python -m island` shows them all
     without: str = ""  # the island: kinds to leave out; without unknown ("I do not know") the model invents
-    sample_every: int = 125  # steps between printed samples
+    sample_every: Count = 125  # steps between printed samples
 
 
 def default_lr(config, n_embd):

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.disk import on_disk, release, replacing, settle, together, write_json
-from common.errors import UserError, no_command
+from common.errors import UserError, no_command, visible
 from common.flags import TrainConfig
 from common.hub import RECORD, STATE
 from common.runs import claim_out, differences, flag, identity, script_of
@@ -64,7 +64,7 @@ class Run:
 
     def print(self, *words, **options):
         if self.rank == 0:
-            print(*words, flush=True, **options)
+            print(*map(visible, words), flush=True, **options)
 
 
 def widest(device):
@@ -524,7 +524,7 @@ class Log:
     def print(self, text):
         """A line above the bar."""
         if self.run.rank == 0:
-            tqdm.write(text)
+            tqdm.write(visible(text))
 
     def due(self, step, every):
         """After this step, is it time? Every `every` steps, and after the last one."""

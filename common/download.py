@@ -9,7 +9,6 @@ the hub. What has been fetched stays in a .part file beside it, and the next run
 Range). The hub tells the size of every file and the SHA-256 of every large one, so both are checked; a file gets its
 name only when they are right.
 """
-import argparse
 import fnmatch
 import hashlib
 import http.client
@@ -27,10 +26,15 @@ from common.errors import UserError, end_politely
 from tqdm import tqdm
 
 from common.disk import on_disk
+from common.flags import Parser
 
 WAITS = (1, 2, 4)  # seconds before the next try; as soon as a try gets further than the one before, it begins anew
 PATIENCE = 30  # seconds without a byte
 RETRIED = (408, 429, 500, 502, 503, 504)  # the server is busy or broken, which may pass; any other refusal will not
+
+
+class Damaged(UserError):
+    """A file is not what was said of it."""
 
 
 class Cut(Exception):
@@ -86,11 +90,12 @@ def fetch(url, sha256=None, size=None, cache=None, say=print, by_hand=""):
         raise UserError(f"{url} is not complete{kept(part)}: run the same command again") from None
     wrong = fault(part, sha256, size)
     if wrong:
-        part.unlink()
-        raise UserError(f"{url} arrived damaged ({wrong}) and has been removed: run the same command again, or "
+        forget(part)
+        raise Damaged(f"{url} arrived damaged ({wrong}) and has been removed: run the same command again, or "
                         f"{by_hand}")
     with storing(path):
         os.replace(part, path)
+        forget(part)
     return path
 
 
@@ -116,14 +121,16 @@ def fetch_rest(url, part, size):
     have = size_of(part)
     if size and have >= size:
         return  # complete, but the run before was stopped before it could be checked
-    headers = {"User-Agent": "nanoAlign"} | ({"Range": f"bytes={have}-"} if have else {})
+    headers, version = {"User-Agent": "nanoAlign"}, tag_of(part)
+    if have:  # the rest, but where the file has changed meanwhile all of it
+        headers |= {"Range": f"bytes={have}-"} | ({"If-Range": version.read_text()} if version.exists() else {})
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=PATIENCE)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing to send from there on: the part is as long as the file, or of another file
             if error.headers.get("Content-Range", "").endswith(f"/{have}"):
                 return
-            part.unlink()
+            forget(part)
             raise Cut("what was kept does not fit the file") from None
         if error.code in RETRIED:
             raise Cut(f"the server answers {error.code} {error.reason}") from None
@@ -134,12 +141,33 @@ def fetch_rest(url, part, size):
         resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if have and not resumed and response.status == 206:
             raise Cut("the server sent another piece than was asked for")
-        have = have if resumed else 0  # a server without Range sends everything: start anew
+        have = have if resumed else 0  # a server without Range, or with a new file, sends everything: start anew
+        if not resumed:
+            keep_tag(response.headers, part)
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else size
         append(response, part, have, total)
     if total is not None and size_of(part) < total:
         raise Cut(f"the connection was cut after {megabytes(size_of(part))} of {megabytes(total)}")
+
+
+def tag_of(part):
+    """The file that says of which version a part is, as its server has called it."""
+    return part.with_name(part.name + ".version")
+
+
+def keep_tag(headers, part):
+    tag = headers.get("ETag") or ""
+    tag = headers.get("Last-Modified", "") if not tag or tag.startswith("W/") else tag  # a weak one promises no bytes
+    with storing(part):
+        tag_of(part).unlink(missing_ok=True)
+        if tag:
+            tag_of(part).write_text(tag)
+
+
+def forget(part):
+    for path in (part, tag_of(part)):
+        path.unlink(missing_ok=True)
 
 
 def append(response, part, have, total):
@@ -203,12 +231,14 @@ def storing(path):
 
 # ---- the Hugging Face hub --------------------------------------------------------------------------------------------
 
-def hub_list(dataset, cache=None, say=print):
+def hub_list(dataset, cache=None, say=print, anew=False):
     """{name: (bytes, SHA-256 or None)} of a public data set's files, the first 1,000. The list is kept in the cache
-    like any file, so that what has been fetched once needs no network again."""
+    like any file, so that what has been fetched once needs no network again. anew: it is fetched again."""
     by_hand = (f"fetch its files by hand from {endpoint()}/datasets/{dataset}/tree/main and name them with the "
                "--source of the script that reads them")
     url = f"{endpoint()}/api/datasets/{dataset}/tree/main?recursive=true"
+    if anew:
+        place(url, cache).unlink(missing_ok=True)
     listing = fetch(url, cache=cache, say=say, by_hand=by_hand)
     try:
         entries = [entry for entry in json.loads(listing.read_text(encoding="utf-8")) if entry["type"] == "file"]
@@ -229,7 +259,17 @@ def hub_files(dataset, pattern, cache=None, say=print):
     if missing:
         say(f"{dataset}: {len(missing)} file{'s' * (len(missing) > 1)} to fetch, "
             f"{megabytes(sum(files[name][0] for name in missing))}")
-    return [fetch(address(dataset, name), files[name][1], files[name][0], cache, say) for name in names]
+    found = []
+    for name in names:
+        try:
+            found.append(fetch(address(dataset, name), files[name][1], files[name][0], cache, say))
+        except Damaged:  # or the list in the cache is older than the file: ask for it again, once
+            old, files = files, hub_list(dataset, cache, say, anew=True)
+            if files.get(name) in (None, old[name]):
+                raise
+            say(f"{dataset}: {name} has changed since its list was fetched, so both are fetched again")
+            found.append(fetch(address(dataset, name), files[name][1], files[name][0], cache, say))
+    return found
 
 
 def address(dataset, name):
@@ -242,7 +282,7 @@ def hub_file(dataset, name, cache=None, say=print):
 
 
 def main():
-    parser = argparse.ArgumentParser("python -m common.download",
+    parser = Parser("python -m common.download",
                                      description="Fetches a file into the cache and prints where it lies.")
     parser.add_argument("source", help="an address (https://...) or the name of a data set on the Hugging Face hub")
     parser.add_argument("files", nargs="?", help="which of the data set's files, as in data/train-*; none: list them")

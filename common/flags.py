@@ -29,9 +29,11 @@ class Bounds:
     included: str = "both"  # low, high or both
 
 
-Count = Annotated[int, Bounds(0)]
-Positive = Annotated[int, Bounds(1)]
-Amount = Annotated[float, Bounds(0)]
+Count = Annotated[int, Bounds(0, 10 ** 9)]
+Positive = Annotated[int, Bounds(1, 10 ** 9)]
+Seed = Annotated[int, Bounds(0, 2 ** 32 - 1)]
+Number = Annotated[float, Bounds(-1e6, 1e6)]
+Amount = Annotated[float, Bounds(0, 1e6)]
 Share = Annotated[float, Bounds(0, 1)]
 Probability = Annotated[float, Bounds(0, 1, "high")]
 Decay = Annotated[float, Bounds(0, 1, "low")]
@@ -62,15 +64,15 @@ class TrainConfig:
     weight_decay: Amount = 0.1  # AdamW: on matrices only
     clip: Amount = 1.0  # largest norm of the gradient; 0: no clipping
     dropout: str = "0"  # of the residual branches; two numbers such as 0.0,0.3 make a ramp over the layers
-    lora_r: Count = 0  # rank of low-rank adapters: only they are trained, and saved; 0: all weights
-    lora_alpha: float = 32.0  # adapters are scaled by alpha / r
+    lora_r: Annotated[int, Bounds(0, 2 ** 12)] = 0  # rank of low-rank adapters: only they are trained, and saved; 0: all weights
+    lora_alpha: Amount = 32.0  # adapters are scaled by alpha / r
     lora_dropout: Decay = 0.0  # of the adapters' input
     lora_targets: Literal["all", "attention"] = "all"  # adapters on all linear layers of the blocks, or attention only
     nf4: bool = False  # frozen base weights in 4 bits (QLoRA); needs --lora-r
     checkpointing: bool = False  # recompute activations in the backward pass to save memory
     eval_every: Count = 50  # steps between measurements on held-out rows
     save_every: Count = 100  # steps between checkpoints that --resume can go on from
-    seed: int = 0  # of everything random
+    seed: Seed = 0  # of everything random
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: DType = "auto"  # of the matrix products: float32 or bfloat16; auto: bfloat16 where hardware is fast at it
     resume: bool = False  # go on from the state in --out
@@ -95,11 +97,15 @@ def group_of(name, comment, training):
 ISLAND = "the island: "  # a comment that begins so is of a flag that says nothing about your own file
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse's, of which a mistake is one sentence."""
+
     def error(self, message):  # argparse would print the whole usage first
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        if "expected one argument" in message:
+            hint = "a value that begins with - is written behind an equal sign: --flag=-value"
         raise UserError(f"{self.prog}: {message} ({hint})")
 
 
@@ -122,7 +128,7 @@ def parse(Config, recipes=None, argv=None):
         end_politely()
     main = sys.modules.get("__main__")
     description = inspect.getdoc(sys.modules[Config.__module__]) or inspect.getdoc(main)
-    parser = _Parser(program(Config.__module__), "%(prog)s [flags]", description, allow_abbrev=False,
+    parser = Parser(program(Config.__module__), "%(prog)s [flags]", description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, Config)
     NAMED.clear()
@@ -178,10 +184,21 @@ def out_of_bounds(value, kind):
     for bounds in getattr(kind, "__metadata__", ()):
         low, high = (bounds.included in (side, "both") for side in ("low", "high"))
         if value < bounds.low or value == bounds.low and not low:
-            return f"{'at least' if low else 'above'} {bounds.low}"
+            return f"{'at least' if low else 'above'} {bounds.low:,}"
         if value > bounds.high or value == bounds.high and not high:
-            return f"{'at most' if high else 'below'} {bounds.high}"
+            return f"{'at most' if high else 'below'} {bounds.high:,}"
     return ""
+
+
+def bounded(kind):
+    """Such a kind of number as argparse wants it, for parsers that are made by hand."""
+    def read(text):
+        value = typing.get_args(kind)[0](text)
+        if fault := "a finite number" if not math.isfinite(value) else out_of_bounds(value, kind):
+            raise argparse.ArgumentTypeError(f"{text}: it must be {fault}")
+        return value
+    read.__name__ = typing.get_args(kind)[0].__name__
+    return read
 
 
 def check(config):

@@ -4,6 +4,7 @@ unpickled.
 """
 import contextlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -85,17 +86,17 @@ def read_settings(folder):
         raise UserError(f"{folder}/config.json is damaged ({error!r}): write or download the folder again")
 
 
-def setting(folder, settings, key, kind, default=None, low=1, high=LARGEST):
-    """One setting of config.json, checked: a bool, or an int or float from low to high. default: what it is where the
+def setting(folder, settings, key, kind, default=None, low=1, high=LARGEST, file="config.json"):
+    """One setting of config.json, or of another file, checked: a bool, or an int or float from low to high. default: what it is where the
     key is absent or null; without one it has to be there. Raises UserError."""
     found = default if settings.get(key) is None else settings[key]
     words = {bool: "true or false", int: f"a whole number from {low:,} to {high:,}",
              float: f"a number from {low:,} to {high:,}"}[kind]
     right = type(found) in (int, kind) if kind is not bool else type(found) is bool  # True is an int to isinstance
     if found is None:
-        raise UserError(f"{folder}/config.json has no {key}, which has to be {words}: write or download the folder again")
+        raise UserError(f"{folder}/{file} has no {key}, which has to be {words}: write or download the folder again")
     if not right or kind is not bool and not low <= found <= high:
-        raise UserError(f"{folder}/config.json has {key} = {found!r:.80}, but it has to be {words}: write or download the "
+        raise UserError(f"{folder}/{file} has {key} = {found!r:.80}, but it has to be {words}: write or download the "
                         "folder again")
     return found
 
@@ -170,6 +171,14 @@ def free_memory():
     return min(found, default=None)
 
 
+def check_room(needed, what, cure):
+    """Raises UserError where there is no memory for so many bytes. what: who needs them; cure: what helps."""
+    free = free_memory()
+    if free is not None and needed > free:
+        raise UserError(f"{what} {needed / 1e9:.3g} GB of memory and {free / 1e9:.3g} GB are free: close other programs, or "
+                        f"{cure}")
+
+
 def check_weights(network, folder, read, linear=None):
     """Before anything is allocated: does every tensor have the shape that config.json says, and is there room for all
     of them? network: made of shapes only. Raises UserError where not."""
@@ -187,10 +196,16 @@ def check_weights(network, folder, read, linear=None):
         if ours.rpartition(".")[0] in network.linear_paths and parameter.dim() == 2:
             bits = getattr(getattr(linear, "func", linear), "bits", bits)  # functools.partial keeps it in func
         needed += parameter.numel() * bits / 8
-    free = free_memory()
-    if free is not None and needed > free:
-        raise UserError(f"{folder}: its weights need {needed / 1e9:.3g} GB of memory and {free / 1e9:.3g} GB are free: close "
-                        "other programs, or take a smaller model")
+    check_room(needed, f"{folder}: its weights need", "take a smaller model")
+
+
+def finite(tensor, what):
+    """-> the tensor. Raises UserError where it holds NaN or infinities: whatever is computed from those is neither
+    sampled nor trained."""
+    if tensor.numel() and not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
+        raise UserError(f"{what} holds numbers that are not finite (NaN or infinity), so the model is lost: take an earlier "
+                        "checkpoint, or copy it again")
+    return tensor
 
 
 def read_weights(network, folder, linear=None):
@@ -209,7 +224,7 @@ def read_weights(network, folder, linear=None):
         module = network.get_submodule(path)
         for name, _ in list(module.named_parameters(recurse=False)):
             theirs, transposed = names[f"{path}.{name}"]
-            tensor = read(theirs)
+            tensor = finite(read(theirs), f"{folder}: {theirs}")
             if linear is None or tensor.dim() < 2 or tensor.itemsize > 4:
                 tensor = tensor.float()
             setattr(module, name, nn.Parameter(tensor.t().contiguous() if transposed else tensor.clone()))

@@ -7,10 +7,12 @@ library alone. Servers are busy and connections break, so it tries again, waitin
 trying again cannot mend (a wrong key, a wrong model) stops at once. Either way the end is one sentence.
 """
 import http.client
+import ipaddress
 import json
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 
 from common.errors import UserError
@@ -29,7 +31,8 @@ def complete(url, model, messages, max_tokens=2048, temperature=0.0, key=None, t
     white space around it, "" where it says nothing.
 
     url      the base address, which usually ends in /v1
-    key      None: the environment variable OPENAI_API_KEY where it is set; local servers need none
+    key      None: the environment variable OPENAI_API_KEY where it is set; local servers need none. It is sent over https
+             or to this machine, never readable over a network
     timeout  seconds without a sign of life until a try counts as failed
     tries    how often at most: after 1, 2, 4, ... seconds, or after what the server's Retry-After says
 
@@ -46,8 +49,8 @@ def complete(url, model, messages, max_tokens=2048, temperature=0.0, key=None, t
         except urllib.error.HTTPError as error:
             failure = f"answers {error.code} ({_reason(error)})"
             if error.code not in (408, 429) and error.code < 500:
-                raise UserError(f"{url} {failure}: check the address, the model's name {model!r} and the key "
-                                f"({KEY})") from None
+                raise UserError(f"{url} {failure}: check the address, the model's name {model!r} and the key ({KEY}, which "
+                                "is sent over https or to this machine only)") from None
             wait = _asked_wait(error, wait)
         except (ValueError, http.client.InvalidURL):  # the error's own words could hold the key
             raise UserError(f"{url} is no address, or {KEY} holds what no key does: write it as in "
@@ -64,10 +67,21 @@ def _request(url, key, body):
     address = url.rstrip("/")
     address += "" if address.endswith("/chat/completions") else "/chat/completions"
     key = os.environ.get(KEY, "") if key is None else key
+    if not address.startswith("https://") and not is_here(address):  # whoever listens on the way would have the key
+        key = ""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key.strip()}"} if key else {})
     if not address.startswith(("http://", "https://")):  # urllib would open file:// too
         raise UserError(f"{url} is no address: it must begin with http:// or https://")
     return urllib.request.Request(address, json.dumps(body).encode(), headers)
+
+
+def is_here(address):
+    """Is the address one of this machine? (Where it is none at all, urllib will say so.)"""
+    try:
+        host = urllib.parse.urlsplit(address).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _text(body, url):

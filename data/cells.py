@@ -3,6 +3,7 @@
 A cell in quotes may hold commas, line breaks and doubled quotes; in other files a quote is a character like others, and
 a cell may begin with one: "Yes," he said. No ending tells which, so both readings are tried on the whole file.
 """
+import contextlib
 import csv
 import itertools
 import json
@@ -11,6 +12,7 @@ from collections import deque
 from data.shapes import BadRow
 
 LIMIT = 10_000_000  # bytes in a line or in a cell: more is a broken file, not an example
+TOO_LONG = "\0too long\n"
 LISTS_IN_CELLS = ("messages", "conversations", "conversation", "answers", "completions", "responses", "turns",
                   "history", "info", "summaries", "data", "choices", "endings", "instances",
                   "mc1_targets", "mc2_targets")
@@ -26,14 +28,30 @@ def read(path, open_text, tabs):
         header = stream.readline(LIMIT)
     comma = "\t" if tabs else max(",;\t", key=header.count)  # Excel writes ; in much of Europe
 
+    @contextlib.contextmanager
     def lines():
-        return open_text(path, newline="")
+        with open_text(path, newline="") as stream:
+            yield within_limit(stream)
 
     rows = records(lines, comma, is_quoted(lines, comma))
-    names = [name.strip().lower().replace(" ", "_") for name in next(rows, [])]
+    names = next(rows, [])
+    if isinstance(names, BadRow):  # without a header no row has a name for anything
+        yield 1, names
+        return
+    names = [name.strip().lower().replace(" ", "_") for name in names]
     for number, cells in enumerate(rows, 1):
         yield number, cells if isinstance(cells, BadRow) else {name: value_of(name, cell)
                                                                for name, cell in zip(names, cells)}
+
+
+def within_limit(stream):
+    """The lines; TOO_LONG in place of one over LIMIT, which is never held in memory."""
+    while line := stream.readline(LIMIT + 1):
+        if len(line) > LIMIT:
+            while line and not line.endswith(("\n", "\r")):
+                line = stream.readline(LIMIT)
+            line = TOO_LONG
+        yield line
 
 
 def is_quoted(lines, comma):
@@ -61,6 +79,8 @@ def records(lines, comma, quoted):
     width, ahead = None, deque()  # ahead: lines that were read in search of the end of a cell
 
     def split(text):
+        if text is TOO_LONG:
+            return BadRow("line over 10 MB")
         cells = split_line(text, comma, quoted)
         if isinstance(cells, list) and len(cells) != (width or len(cells)):
             return BadRow("wrong number of columns", f"{len(cells)} where the header has {width}")

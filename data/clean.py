@@ -13,7 +13,6 @@ rebuilds (eli5.py, simple_wikipedia.py). A word is whatever stands between blank
 
 100,000 answers of 160 words take 72 seconds on one core, and 19 MB, however many there are.
 """
-import argparse
 import html
 import re
 from pathlib import Path
@@ -25,6 +24,7 @@ from common.disk import writing
 from data.report import PipelineReport
 from data.shapes import BadRow, WrongForm, finished, parts, recognise
 from data.toxicity import is_clean, load_toxicity, toxicity_of
+from common.flags import Count, Number, Parser, Positive, Share, bounded
 
 
 # ---- text -> text ----------------------------------------------------------------------------------------------------
@@ -255,18 +255,18 @@ def clean_file(path, args, report, write):
 
 
 def main():
-    parser = argparse.ArgumentParser("python -m data.clean",
+    parser = Parser("python -m data.clean",
                                      description="What the filters do to a file, counted; with --out, done.")
     parser.add_argument("file")
     parser.add_argument("--out", help="where the clean rows go (.jsonl; the report beside it); none: only the report")
     parser.add_argument("--skip", nargs="+", default=[], choices=[*CHANGES, *TESTS], metavar="STEP",
                         help="leave out: " + ", ".join([*CHANGES, *TESTS]))
-    parser.add_argument("--least-words", type=int, default=20, help="fewer are too short (default 20)")
-    parser.add_argument("--most-words", type=int, default=500, help="more are too long (default 500)")
-    parser.add_argument("--fre", type=float, default=60, help="least reading ease (default 60)")
-    parser.add_argument("--fkg", type=float, default=9, help="the school grade has to be below this (default 9)")
+    parser.add_argument("--least-words", type=bounded(Count), default=20, help="fewer are too short (default 20)")
+    parser.add_argument("--most-words", type=bounded(Positive), default=500, help="more are too long (default 500)")
+    parser.add_argument("--fre", type=bounded(Number), default=60, help="least reading ease (default 60)")
+    parser.add_argument("--fkg", type=bounded(Number), default=9, help="the school grade has to be below this (default 9)")
     parser.add_argument("--toxicity", choices=("auto", "detoxify", "words"), default="auto", help="who judges that")
-    parser.add_argument("--most-toxicity", type=float, default=0.1, help="of six scores from 0 to 1 (default 0.1)")
+    parser.add_argument("--most-toxicity", type=bounded(Share), default=0.1, help="of six scores from 0 to 1 (default 0.1)")
     args = parser.parse_args()
     report = PipelineReport()
     if not args.out:

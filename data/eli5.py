@@ -32,7 +32,7 @@ from data.readability import is_simple
 from data.report import PipelineReport
 from data.shapes import BadRow, as_number, as_text, check_texts, recognise, says
 from common.disk import writable, writing
-from common.flags import parse
+from common.flags import Amount, Count, Number, Seed, Share, parse
 
 DATASET = "vblagoje/lfqa"  # ELI5 (Fan et al. 2019) without most of its leaks (Krishna et al. 2021)
 NEEDS = 'a post has a "title", a "selftext" and "answers" with the lists "text" and "score"'
@@ -46,17 +46,17 @@ BATCH = 64  # posts whose answers are judged together: a toxicity model is slow 
 class Config:
     source: str = ""  # a folder with train, validation and test, or one file; empty: fetches vblagoje/lfqa
     out: str = "out/eli5"  # folder for sft_*, ranked_* and prompts_* (.jsonl) and report.json
-    least_words: int = 20  # shorter answers go; 0: none
+    least_words: Count = 20  # shorter answers go; 0: none
     simple: bool = True  # answers that are hard to read go (FRE under 60, or FKG 9 and more)
     keep_quotes: bool = False  # leave quoted text in the answers
     keep_urls: bool = False  # leave addresses and their placeholders in the answers
-    least_score: float = 4  # with fewer points an answer is not imitated, and only ever rejected
-    most_toxicity: float = 0.1  # the same for an answer with any of six toxicity scores above this; 1: for none
+    least_score: Number = 4  # with fewer points an answer is not imitated, and only ever rejected
+    most_toxicity: Share = 0.1  # the same for an answer with any of six toxicity scores above this; 1: for none
     toxicity: str = "auto"  # who judges that: detoxify, words or auto (Detoxify where it is installed)
     keep_edits: bool = False  # imitate answers that end in "Edit: typos" too
-    cut: float = 0.6  # questions of two splits with this cosine similarity or more are a leak; above 1: none is
+    cut: Amount = 0.6  # questions of two splits with this cosine similarity or more are a leak; above 1: none is
     leak_model: str = ""  # what compares them: tfidf, or a sentence-transformers model; empty: see leakage.py
-    seed: int = 0  # of the split of a single file
+    seed: Seed = 0  # of the split of a single file
 
 
 # ---- posts -----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ shows how a file was understood. Endings: .jsonl, .json (an array, one object pe
 .csv, .tsv, .txt (documents separated by blank lines), each also with .gz; .parquet where pyarrow is installed. What the
 rows may look like, and the four forms that are made of them, stands in shapes.py.
 """
-import argparse
 import codecs
 import gzip
 import io
@@ -18,10 +17,12 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import UserError, end_politely
+from common.errors import UserError, end_politely, visible
+from common.hub import free_memory
 from data import cells
 from data.cells import LIMIT
 from data.shapes import BAD_ANSWER, FORMS, NEEDS, SHAPES, BadRow, WrongForm, finished, parts, plant, recognise, shown
+from common.flags import Count, Parser, bounded
 
 
 # ---- files: every ending becomes (row number, raw row or BadRow) ----
@@ -30,6 +31,7 @@ MAGIC = [(b"\x1f\x8b", "is gzip-compressed: add .gz to its name"), (b"PK\x03\x04
          (b"PAR1", "is a parquet file: let its name end in .parquet"),
          (codecs.BOM_UTF16_LE, "is UTF-16: save it as UTF-8"),
          (codecs.BOM_UTF16_BE, "is UTF-16: save it as UTF-8"),
+         (b"\0\0", "begins with NUL bytes, so it is no text: download it again"),
          (b"version https://git-lfs", "is a Git LFS pointer, not the data: run git lfs pull")]
 
 
@@ -37,7 +39,7 @@ def open_bytes(path):
     """A buffered stream of the unpacked bytes, past a UTF-8 byte order mark."""
     packed = path.name.lower().endswith(".gz")
     stream = gzip.open(path) if packed else open(path, "rb")
-    stream = io.BufferedReader(stream) if packed else stream
+    stream = io.BufferedReader(stream, 2 ** 20) if packed else stream
     head = stream.peek(32)
     for magic, what in MAGIC:
         if head.startswith(magic):
@@ -65,6 +67,8 @@ def read_rows(path):
         raise UserError(f"{path} is a directory: name one file in it.")
     if not path.exists():
         raise UserError(f"{path} does not exist: check the path.")
+    if not path.is_file():
+        raise UserError(f"{path} is a pipe or a device: save what comes out of it as a file first.")
     if ending not in readers:
         raise UserError(f"{path}: the ending {ending or '(none)'} is unknown: use .jsonl, .json, .csv, .tsv or .txt "
                         "(each also with .gz), or .parquet.")
@@ -106,7 +110,12 @@ def read_json(path):
                 yield number, parsed(line)
         return
     with open_bytes(path) as stream:
-        text = stream.read().decode("utf-8", "surrogateescape")
+        most = min(2 ** 32, free_memory() or 2 ** 32) // 8  # what becomes of it takes several times its size
+        text = stream.read(most + 1)
+        if len(text) > most:
+            raise UserError(f"{path} is over {most / 1e9:.2g} GB (unpacked), too large to be read whole: write one object per "
+                            "line as .jsonl.")
+        text = text.decode("utf-8", "surrogateescape")
     if not text.strip():
         return
     try:
@@ -152,9 +161,14 @@ def read_csv(path):
 def read_txt(path):
     """Documents separated by blank lines; line ends become newlines."""
     with open_text(path, newline=None) as stream:
-        documents = itertools.groupby(stream, key=lambda line: bool(line.strip()))
+        pieces = iter(lambda: stream.readline(LIMIT + 1), "")
+        documents = itertools.groupby(pieces, key=lambda piece: bool(piece.strip()))
         for number, document in enumerate((group for full, group in documents if full), 1):
-            yield number, {"text": "".join(document).removesuffix("\n")}
+            text = ""
+            for piece in document:
+                text += piece if len(text) <= LIMIT else ""
+            whole = {"text": text.removesuffix("\n")}
+            yield number, whole if len(text) <= LIMIT else BadRow("document over 10 MB")
 
 
 def read_parquet(path):
@@ -183,6 +197,7 @@ CURES = {
     "not valid CSV": "double the quotes inside of a cell in quotes",
     "not valid JSON": "write one JSON object per line",
     "line over 10 MB": "write one example per line",
+    "document over 10 MB": "put blank lines between documents",
     "a tool's turn": "tool use is not supported, so remove those conversations",
     "unknown role": "use system, user and assistant",
 }
@@ -218,9 +233,9 @@ class FileReport:
         self.notes[what] = (count + 1, first, example)
 
     def __str__(self):
-        return self.counts() + "".join(
+        return visible(self.counts() + "".join(
             f"\n  look: {what} ({count:,} row{'s' * (count != 1)}, first: row {first:,}{example and ', ' + example})"
-            for what, (count, first, example) in self.notes.items())
+            for what, (count, first, example) in self.notes.items()))
 
     def counts(self):
         shapes = ", ".join(self.shapes if len(self.shapes) == 1 else (f"{k} {n:,}" for k, n in self.shapes.items()))
@@ -426,16 +441,16 @@ def subject(row):
 
 
 def main():
-    parser = argparse.ArgumentParser("python -m data.files", description="Shows how a file of examples is understood.")
+    parser = Parser("python -m data.files", description="Shows how a file of examples is understood.")
     parser.add_argument("file")
     parser.add_argument("--want", choices=FORMS, default="sft", help="the form to make of it")
     parser.add_argument("--merge-system", action="store_true", help="fold the system prompt into the first user turn")
     parser.add_argument("--score", default="score", help="the number that ranks an answer")
-    parser.add_argument("--show", type=int, default=3, help="how many rows to print")
+    parser.add_argument("--show", type=bounded(Count), default=3, help="how many rows to print")
     args = parser.parse_args()
     rows, report = load(args.file, args.want, args.merge_system, args.score)
     print(report)
-    for row in rows[:max(args.show, 0)]:
+    for row in rows[:args.show]:
         print("\n" + json.dumps(row, indent=2))  # escaped, so that tabs, newlines and look-alikes can be seen
 
 

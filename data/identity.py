@@ -18,12 +18,13 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from common.errors import UserError
 from data import files
 from common.disk import writing
 from data.shapes import PLACEHOLDER
-from common.flags import parse
+from common.flags import Bounds, Seed, parse
 
 SYSTEM = "You are {{name}}, an AI assistant made by {{author}}. You are a language model, not a person."
 
@@ -74,9 +75,9 @@ class Config:
     data: str = ""  # conversations to add to; empty: only the rows about itself
     rows: str = ""  # other hard-coded rows, with or without {{name}} and {{author}}; empty: those of this file
     system: bool = False  # a system message before every conversation of --data, and no rows
-    repeat: int = 5  # how often the rows about itself are in
+    repeat: Annotated[int, Bounds(1, 10 ** 4)] = 5  # how often the rows about itself are in
     out: str = "out/identity.jsonl"  # conversations that sft.py trains on
-    seed: int = 0  # of the order
+    seed: Seed = 0  # of the order
 
 
 def fill(text, values):

@@ -14,7 +14,6 @@ meaning: look at the closest survivors, and set --cut by them.
 
 100,000 questions against 5,000, of 25 words each, take 22 seconds and 0.7 GB on two CPU cores with TF-IDF.
 """
-import argparse
 import re
 import warnings
 from array import array
@@ -22,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError, end_politely
+from common.errors import UserError, end_politely, visible
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from data.files import read, stream
 from data.report import shortened
 from data.shapes import NEEDS, BadRow
 from common.disk import writable, writing
+from common.flags import Amount, Parser, bounded
 
 MODEL = "all-mpnet-base-v2"  # 768 dimensions; what the cut of 0.6 was chosen for
 BLOCK = 8192  # questions of the one set in a matrix product
@@ -188,11 +188,11 @@ def questions_of(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m data.leakage", description="Finds questions that are in two splits, and removes them with --out.")
     parser.add_argument("train")
     parser.add_argument("held", nargs="+", metavar="held", help="validation and test, or test alone")
-    parser.add_argument("--cut", type=float, default=0.6, help="from this cosine on two questions leak (default 0.6)")
+    parser.add_argument("--cut", type=bounded(Amount), default=0.6, help="from this cosine on two questions leak (default 0.6)")
     parser.add_argument("--model", default="", help="tfidf, or a sentence-transformers model, by name or folder")
     parser.add_argument("--out", help="folder for the files without leaks, named as they are here")
     args = parser.parse_args()
@@ -204,7 +204,7 @@ def main():
     questions = [questions_of(path) for path in paths]
     train, *validation, test = (list(found.values()) for found in questions)
     found = remove_leaks(train, validation[0] if validation else [], test, args.cut, args.model)
-    print(found)
+    print(visible(found))
     if args.out:
         gone = {paths[0]: found.train, paths[-1]: found.test}
         write_rest({path: {number for number, leak in zip(rows, gone.get(path, ())) if leak}

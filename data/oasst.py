@@ -26,7 +26,7 @@ from data.report import PipelineReport
 from data.shapes import BadRow, finished, is_flat, plant, tree_rows
 from data.toxicity import is_clean, toxicity_of
 from common.disk import writable, writing
-from common.flags import parse
+from common.flags import Share, parse
 
 SPLITS = ("train", "validation")
 FORMS = ("sft", "ranked", "prompts")
@@ -39,7 +39,7 @@ class Config:
     dataset: str = "OpenAssistant/oasst1"  # what is fetched; OpenAssistant/oasst2 has the same columns
     out: str = "out/oasst"  # folder for sft_train.jsonl, ranked_train.jsonl, ... and report.json
     lang: str = "en"  # the only language that stays; empty: all
-    most_toxicity: float = 0.1  # messages with any of six toxicity scores above this go; 1: none
+    most_toxicity: Share = 0.1  # messages with any of six toxicity scores above this go; 1: none
     synthetic: bool = False  # keep what models wrote
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from itertools import combinations
 
 from common.errors import UserError
-from common.flags import Amount, Count, Positive, TrainConfig
+from common.flags import Amount, Count, Number, Positive, TrainConfig
 from data import files
 from data.shapes import says
 from data.tokenizer import fit
@@ -51,7 +51,7 @@ class RankedConfig(TrainConfig):
     max_pairs: Count = 10  # most pairs of a question; 0: no limit
     aspect: str = "score"  # what ranks answers: a field of your file; island: score, gold, helpful, simple, harmless
     n_ranked: Positive = 2000  # the island: questions with ranked answers
-    flattery: float = 2.5  # the island: what "Great question!" is worth to voters, in gold points
+    flattery: Number = 2.5  # the island: what "Great question!" is worth to voters, in gold points
     noise: Amount = 1.5  # the island: standard deviation of the votes, in gold points
     with_: str = ""  # the island: kinds of questions more, such as reading,hops: `python -m island` shows them all
     without: str = ""  # the island: kinds of questions to leave out, such as safe

@@ -296,9 +296,10 @@ def verdict(row):
 
 
 def from_turns(row):
-    """MT-bench: the first turn is the prompt, the others are kept as `follow_ups`."""
+    """MT-bench: the first turn is the prompt, the others are kept as `follow_ups`, right answers to them as `reference`."""
     turns = [as_text(turn, "turns") for turn in as_list(row, "turns")]
-    return {"prompt": with_system(row, as_turns(turns[0], "user")), "follow_ups": turns[1:]}
+    right = [as_text(text, "reference") for text in row.get("reference") or []]
+    return {"prompt": with_system(row, as_turns(turns[0], "user")), "follow_ups": turns[1:], "reference": right}
 
 
 def as_list(row, key):
@@ -594,7 +595,7 @@ def cast(internal, want, merge_system=False, score="score"):
     if "messages" in internal and messages and messages[-1]["role"] == "assistant":
         messages = in_order(messages, "assistant")[:-1]
     row = {"prompt": fold(in_order(messages, "user"))}
-    return row | {"follow_ups": internal["follow_ups"]} if internal.get("follow_ups") else row
+    return row | {key: internal[key] for key in ("follow_ups", "reference") if internal.get(key)}
 
 
 def finished(internal, raw, want, merge_system, score):
@@ -602,7 +603,7 @@ def finished(internal, raw, want, merge_system, score):
     trim(internal)
     row = cast(internal, want, merge_system, score)
     row |= {key: raw[key] for key in KEPT_KEYS if isinstance(raw.get(key), str)}
-    texts = [value for value in row.values() if isinstance(value, str)] + row.get("follow_ups", [])
+    texts = [value for value in row.values() if isinstance(value, str)] + row.get("follow_ups", []) + row.get("reference", [])
     texts += [message["content"] for message in row.get("messages", row.get("prompt", []))]
     texts += [answer["text"] for answer in row.get("answers", [])]
     check_texts(texts)

@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 from common.errors import UserError
 from data import clean, files
@@ -37,7 +38,7 @@ from data.readability import is_simple
 from data.report import PipelineReport
 from data.shapes import BadRow, check_texts, says, shown
 from common.disk import Ledger, writing
-from common.flags import parse
+from common.flags import Bounds, Count, Positive, Seed, parse
 
 DATASET, PARTS = "wikimedia/wikipedia", "20231101.simple/*.parquet"
 SPLITS = ("train", "validation", "test")
@@ -54,15 +55,15 @@ class Config:
     out: str = "out/simple-wikipedia"  # folder for sft_train, sft_validation, sft_test (.jsonl) and report.json
     ask: str = ""  # who finds the questions: an address (https://...) or a checkpoint folder; empty: the title
     model: str = ""  # the model's name at that address; its key is read from OPENAI_API_KEY
-    parallel: int = 8  # questions asked at the same time at an address
+    parallel: Annotated[int, Bounds(1, 1000)] = 8  # questions asked at the same time at an address
     reverse: str = ""  # only this: turns a file of conversations around, to train a model that asks
-    least_words: int = 50  # shorter articles go
-    enough_words: int = 300  # the first paragraphs are kept until they have so many words
-    most_words: int = 500  # what is longer then goes
+    least_words: Count = 50  # shorter articles go
+    enough_words: Count = 300  # the first paragraphs are kept until they have so many words
+    most_words: Positive = 500  # what is longer then goes
     simple: bool = True  # what is hard to read goes (FRE under 60, or FKG 9 and more)
     keep_markup: bool = False  # keep articles with wiki mark-up
-    held_out: int = 5000  # articles for validation and for test each, but at most a tenth of all for each
-    seed: int = 0  # of the split
+    held_out: Count = 5000  # articles for validation and for test each, but at most a tenth of all for each
+    seed: Seed = 0  # of the split
 
 
 # ---- articles --------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from data.report import PipelineReport
 from data.shapes import BadRow, finished, recognise
 from data.tokenizer import get_tokenizer
 from common.disk import writable, writing
-from common.flags import parse
+from common.flags import Positive, Seed, parse
 
 LEFT_OUT = ("math", "coding", "coding & debugging")  # SmolTalk's names and those of the original Magpie Ultra
 
@@ -62,10 +62,10 @@ class Config:
     source: str = ""  # a folder with files or folders named as the subsets; empty: they are fetched
     out: str = "out/smoltalk"  # folder for the subsets, mixture.jsonl and report.json
     tokenizer: str = ""  # counts tokens: gpt2, tiny, a rank file or a checkpoint; empty: gpt2, tiny without a network
-    most_tokens: int = 512  # longer conversations go
-    most_turns: int = 2  # conversations in which the user speaks more often go
-    sample: int = 5000  # rows of each sampled subset
-    seed: int = 0  # of the samples and of the order
+    most_tokens: Positive = 512  # longer conversations go
+    most_turns: Positive = 2  # conversations in which the user speaks more often go
+    sample: Positive = 5000  # rows of each sampled subset
+    seed: Seed = 0  # of the samples and of the order
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

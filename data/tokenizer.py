@@ -22,7 +22,7 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
-from common.errors import UserError, end_politely
+from common.errors import UserError, end_politely, reading, visible
 from common.flags import advice
 
 import tiktoken
@@ -57,6 +57,8 @@ class Tokenizer:
         self.template_name, self.template = self._format(name, template, end)
         # chat tokens that the model beside these files has never been trained on: their embeddings mean nothing yet
         self.new_ids = sorted(set(self.special.values()) - set(special.values()) | set(new_ids))
+        if not set(self.special.values()).issuperset(self.new_ids):
+            raise UserError(f"{name}: tokenizer_config.json has nanoalign_new_ids that no special token has: copy it again")
         if engine is None:
             self.encoding = tiktoken.Encoding(name, pat_str=whole(pattern), mergeable_ranks=ranks,
                                               special_tokens=self.special)
@@ -168,8 +170,8 @@ class Tokenizer:
         return "".join(f"\033[{32 if m else 90}m{self.piece(i)}\033[0m" for i, m in zip(ids, mask, strict=True))
 
     def piece(self, i):
-        """A token as people read it: a special one by its name."""
-        return self._names.get(i) or self.engine.decode_more([i])
+        """A token as people read it: a special one by its name, control characters in words."""
+        return visible(self._names.get(i) or self.engine.decode_more([i]))
 
     def save(self, folder):
         """Writes tokenizer.json, tokenizer_config.json and generation_config.json into a folder, in place of any
@@ -215,7 +217,8 @@ def get_tokenizer(name_or_folder, template=None):
         return _from_ranks("tiny", load_ranks(TINY), template or "search")
     settle(path)
     if path.is_dir():
-        return _from_folder(path, template)
+        with reading(f"the tokenizer in {path}"):
+            return _from_folder(path, template)
     if path.is_file():
         return _from_ranks(path.stem, load_ranks(path), template)
     if name_or_folder in PUBLIC:
@@ -227,7 +230,7 @@ def get_tokenizer(name_or_folder, template=None):
                             f"{cure or 'copy a tokenizer.json into the folder of the model'}")
         return Tokenizer("gpt2", gpt2._mergeable_ranks, {END_OF_TEXT: gpt2.eot_token}, PATTERN, template or "chat")
     if is_name(str(name_or_folder)):
-        return _from_folder(find(name_or_folder), template)
+        return get_tokenizer(find(name_or_folder), template)
     raise UserError(f"there is no tokenizer {name_or_folder!r}: give tiny, gpt2, a rank file (.tiktoken) or a folder "
                     "that holds tokenizer.json")
 
@@ -245,19 +248,16 @@ def _from_folder(folder, template):
 
 
 if __name__ == "__main__":
-    end_politely()
-    import argparse
-
-    from common.errors import end_politely
+    from common.flags import Count, Parser, bounded
     from data import files
 
     end_politely()
-    parser = argparse.ArgumentParser("python -m data.tokenizer", description="Shows conversations as a model reads "
-                                     "them: what it must produce is green, special tokens by name.")
+    parser = Parser("python -m data.tokenizer", description="Shows conversations as a model reads them: what it must "
+                    "produce is green, special tokens by name.")
     parser.add_argument("tokenizer", help="tiny, gpt2, a rank file or a folder")
     parser.add_argument("file", help="conversations, in any shape that python -m data.files reads")
     parser.add_argument("--template", choices=[*TEMPLATES, "own"], help="the chat format; none: as the folder says")
-    parser.add_argument("--show", type=int, default=3, help="how many to print")
+    parser.add_argument("--show", type=bounded(Count), default=3, help="how many to print")
     args = parser.parse_args()
     tok = get_tokenizer(args.tokenizer, args.template)
     stops = ", ".join(tok.show([i], [0]) for i in sorted(tok.stops))

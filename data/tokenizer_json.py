@@ -11,6 +11,7 @@ that we save, stay with the file.)
 import contextlib
 import json
 import math
+import os
 import uuid
 from typing import Callable, NamedTuple
 
@@ -24,6 +25,8 @@ END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|search|>", "<|result|>",
                "<|im_start|>", "<|im_end|>")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+ROOM = 1000  # ids that no token has, beside as many as there are tokens
 
 
 class Engine(NamedTuple):
@@ -125,6 +128,9 @@ def _complete(content, settings, named):
     ids = vocab | {name: token["id"] for name, token in added.items()}
     if len(set(ids.values())) < len(ids) or any(ids[name] != i for name, i in vocab.items()):
         raise ValueError("two tokens have one id, or one token has two")
+    for name, i in ids.items():
+        if type(i) is not int or not 0 <= i < 2 * len(ids) + ROOM:  # ids far beyond would make as many tokens here
+            raise ValueError(f"{name!r} has the id {i!r} in a vocabulary of {len(ids):,}")
     ours = (*CHAT_TOKENS, *(named[key] for key in ("bos_token", "eos_token", "pad_token") if key in named))
     names = [(name, ids[name]) for name in ours if name in ids]
     gaps = [(f"<|unused {i}|>", i) for i in set(range(max(ids.values()))) - set(ids.values())]
@@ -299,9 +305,13 @@ def _library(path, content, why):
     content = _unnamed(content)
     more = _unspaced(content)
     try:
-        first = tokenizers.Tokenizer.from_str(json.dumps(content))
-        other = tokenizers.Tokenizer.from_str(json.dumps(more)) if more != content else first
-    except Exception as error:  # the library has no narrower class
+        with _quiet():
+            first = tokenizers.Tokenizer.from_str(json.dumps(content))
+            other = tokenizers.Tokenizer.from_str(json.dumps(more)) if more != content else first
+            other.decode(first.encode("Who, me? 42 times!").ids + other.encode(" \n").ids)
+    except BaseException as error:  # the library has no narrower class, and its panics are no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise UserError(f"{path} is damaged, or nothing that the tokenizers library knows ({error})") from None
     spaced = [step for part in ("normalizer", "pre_tokenizer") for step in _steps(content, part)
               if step not in _steps(more, part)]
@@ -315,6 +325,19 @@ def _library(path, content, why):
     return Engine(encode(first), decode(first), encode(other), decode(other),
                   after_special=any(step.get("prepend_scheme") != "first" for step in spaced),
                   doubled=any(step["type"] == "Prepend" for step in spaced))
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without what Rust prints about a panic before that becomes an error."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def _repaired(text):

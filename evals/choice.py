@@ -16,10 +16,11 @@ its sentences are those of pretraining, so they stand as they stood there, after
     python evaluate.py out/base out/sft --choices quiz
     python evaluate.py gpt2 --choices arc_challenge.jsonl --shots 25 --examples arc_train.jsonl
 
-A file (any that data/files.py opens) holds the public rows of ARC, HellaSwag, MMLU or TruthfulQA, or your own,
-{"question": "...", "choices": ["...", "..."], "answer": 0}. LEADERBOARD says how many examples the Open LLM Leaderboard
-showed before each question. Those of TruthfulQA are always the same six (so it is called 0-shot); they are not part of
-this project: give them as examples {"question": "...", "mc1_targets": {"choices": ["the answer"], "labels": [1]}}.
+A file (any that data/files.py opens) holds the public rows of ARC, HellaSwag, MMLU, PIQA, TruthfulQA (its csv too) or
+WinoGrande (what follows the gap, after each of two beginnings), or your own, {"question": "...", "choices": ["...",
+"..."], "answer": 0}. LEADERBOARD says how many examples the Open LLM Leaderboard showed before each question. Those of
+TruthfulQA are always the same six (so it is called 0-shot); they are not part of this project: give them as examples
+{"question": "...", "mc1_targets": {"choices": ["the answer"], "labels": [1]}}.
 """
 import itertools
 import math
@@ -35,13 +36,13 @@ import trainer
 from data import files
 from island import words
 from island.world import ATTRIBUTES
-from data.shapes import BadRow, WrongForm, as_text, check_texts, has, shown
+from data.shapes import CHOICE_KEYS, BadRow, WrongForm, as_text, check_texts, has, shown
 from common.errors import UserError
 from common.tables import interval
 from model import token_logps
 
 HEADLINE = {"ARC": "acc_norm", "HellaSwag": "acc_norm", "MMLU": "acc_subjects", "TruthfulQA": "mc2",
-            "plain": "acc", "island": "acc"}  # the measure that is quoted for a task
+            "PIQA": "acc_norm", "WinoGrande": "acc", "plain": "acc", "island": "acc"}  # the measure that is quoted for a task
 LEADERBOARD = {"ARC": 25, "HellaSwag": 10, "MMLU": 5, "TruthfulQA": 6}  # examples before each question
 
 
@@ -55,6 +56,7 @@ class ChoiceQuestion:
     answer: int  # which of them is right, from 0
     subject: str = ""  # of MMLU
     mc2: tuple[tuple[str, bool], ...] = ()  # of TruthfulQA: another list of choices, and whether each is true
+    begun: tuple[str, ...] = ()  # of WinoGrande, in place of the prompt: the choices' own, each followed by the same words
 
     def candidates(self):
         """All that the model has to score."""
@@ -91,6 +93,66 @@ def arc(row):
     choices = texts_of(row["choices"].get("text"), "choices.text")
     return ChoiceQuestion("ARC", f"Question: {text_of(row, 'question')}\nAnswer:", choices,
                     position(row["answerkey"], row["choices"]["label"], choices))
+
+
+def arc_nested(row):
+    """ARC as it was published: the choices are in the question."""
+    options = row["question"].get("choices")
+    if not isinstance(options, list) or not all(isinstance(option, dict) for option in options):
+        raise BadRow("question.choices is no list of text and label", f"it is {shown(options)}")
+    lists = {key: [option.get(key) for option in options] for key in ("text", "label")}
+    return arc({"question": row["question"].get("stem"), "choices": lists, "answerkey": row["answerkey"]})
+
+
+def query(row):
+    """ARC and PIQA as MosaicML's evaluation has them: "Question: ..." and the answers to it."""
+    choices = texts_of(row["choices"], "choices")
+    return ChoiceQuestion("plain", f"{text_of(row, 'query').rstrip()}\nAnswer:", choices,
+                          position(row["gold"], range(len(choices)), choices))
+
+
+def piqa(row):
+    choices = tuple(text_of(row, key) for key in ("sol1", "sol2"))
+    return ChoiceQuestion("PIQA", f"Question: {text_of(row, 'goal')}\nAnswer:", choices, position(row["label"], (0, 1), choices))
+
+
+def winogrande(row):
+    """Which word fills the gap? What follows the gap is the same after both, and the likelier it is the better."""
+    begun, gap, rest = text_of(row, "sentence").partition("_")
+    options = tuple(text_of(row, key) for key in ("option1", "option2"))
+    if not gap or not rest.strip():
+        raise BadRow("a sentence without a gap (_), or with nothing behind it")
+    return ChoiceQuestion("WinoGrande", "", (rest.strip(),) * 2, position(row["answer"], (1, 2), options),
+                          begun=tuple(begun + option for option in options))
+
+
+def two_beginnings(row):
+    """WinoGrande as MosaicML's evaluation has it."""
+    begun = texts_of(row["context_options"], "context_options")
+    return ChoiceQuestion("WinoGrande", "", (text_of(row, "continuation").strip(),) * len(begun),
+                          position(row["gold"], range(len(begun)), begun), begun=begun)
+
+
+def mmlu_as_read(row):
+    """MMLU with the prompt already written: its options stand in it, and the output is a letter."""
+    said = re.sub(r"^The following are multiple choice questions[^\n]*\n\n", "", text_of(row, "input"))
+    asked, *options = re.split(r"\n([A-Z])\. ", said.rstrip().removesuffix("Answer:").rstrip())
+    if len(options) < 4 or options[::2] != list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(options) // 2]):
+        raise BadRow("input has no options A., B., ...")
+    letter = text_of(row, "output").strip()
+    answer = position(letter, options[::2], options[1::2])
+    return mmlu({"question": asked, "choices": options[1::2], "answer": answer, "subject": row["subject"]})
+
+
+def truthfulqa_csv(row):
+    """TruthfulQA.csv, from which the lists of the others were made: ends of answers are semicolons."""
+    best, *both = (text_of(row, key) for key in ("best_answer", "correct_answers", "incorrect_answers"))
+    right, wrong = ([text.strip() for text in texts.split(";") if text.strip()] for texts in both)
+    mc1 = [best, *wrong]
+    mc2 = [*dict.fromkeys([best, *right]), *wrong]
+    return truthfulqa({"question": row["question"],
+                       "mc1_targets": {"choices": mc1, "labels": [1] + [0] * len(wrong)},
+                       "mc2_targets": {"choices": mc2, "labels": [1] * (len(mc2) - len(wrong)) + [0] * len(wrong)}})
 
 
 def without_marks(text):
@@ -146,12 +208,19 @@ def plain(row):
 
 SHAPES = [  # the keys that make a row one of these; the first that fits
     (("question", "choices", "answerkey"), arc),
+    (("question", "answerkey"), arc_nested),
+    (("question", "best_answer", "correct_answers", "incorrect_answers"), truthfulqa_csv),
+    (("query", "choices", "gold"), query),
+    (("goal", "sol1", "sol2", "label"), piqa),
+    (("sentence", "option1", "option2", "answer"), winogrande),
+    (("context_options", "continuation", "gold"), two_beginnings),
+    (("subject", "input", "output"), mmlu_as_read),
     (("activity_label", "endings", "label"), hellaswag),
     (("question", "subject", "choices", "answer"), mmlu),
     (("question", "mc1_targets"), truthfulqa),
     (("question", "choices", "answer"), plain),
 ]
-NEEDS = ('this needs rows of ARC, HellaSwag, MMLU or TruthfulQA, or {"question": "...", "choices": ["...", "..."], '
+NEEDS = ('this needs rows of ARC, HellaSwag, MMLU, PIQA, TruthfulQA or WinoGrande, or {"question": "...", "choices": ["...", "..."], '
          '"answer": 0}, where the answer is an index from 0')
 
 
@@ -161,7 +230,7 @@ def recognise(raw, least):
         raise raw
     if not isinstance(raw, dict):
         raise BadRow("not an object with keys", f"it is {shown(raw)}")
-    row = {key.lower(): value for key, value in raw.items() if value is not None}  # answerKey is answerkey in a CSV
+    row = {key.lower().replace(" ", "_"): value for key, value in raw.items() if value is not None}  # as in a CSV
     read = next((read for keys, read in SHAPES if has(row, *keys)), None)
     if read is None:
         raise WrongForm("holds no multiple-choice question")
@@ -174,6 +243,25 @@ def recognise(raw, least):
     return question
 
 
+def together(rows):
+    """(number, raw) -> ([numbers], raw). Neighbours that ask the same, an answer each with its label (1: it is right),
+    become one question."""
+    def pair(raw):
+        return isinstance(raw, dict) and raw.keys() >= {"question", "answer", "label"} and not raw.keys() & CHOICE_KEYS
+
+    for asked, group in itertools.groupby(rows, lambda row: shown(row[1]["question"]) if pair(row[1]) else None):
+        numbers, raws = zip(*group)
+        if asked is None:
+            yield from (([number], raw) for number, raw in zip(numbers, raws))
+            continue
+        labels = [str(raw["label"]) for raw in raws]
+        if sorted(labels) != ["0"] * (len(labels) - 1) + ["1"]:
+            yield list(numbers), BadRow("not one right answer (label 1) among those to a question", f"labels {labels}")
+            continue
+        lists = {"text": [raw["answer"] for raw in raws], "label": list(range(len(raws)))}
+        yield list(numbers), {"question": raws[0]["question"], "choices": lists, "answerkey": labels.index("1")}
+
+
 def load_questions(path, least=2, say=print):
     """A file -> [ChoiceQuestion, ...]; unusable rows are dropped, counted and said.
 
@@ -182,13 +270,14 @@ def load_questions(path, least=2, say=print):
     """
     path = Path(path).expanduser()
     report, questions = files.FileReport(path.name), []
-    for number, raw in files.read(path):
-        report.read += 1
+    for numbers, raw in together(files.read(path)):
+        report.read += len(numbers)
         try:
             questions.append(recognise(raw, least))
-            report.keep(questions[-1].task, 1)
+            report.keep(questions[-1].task, 1, len(numbers))
         except BadRow as bad:
-            report.drop(bad, number)
+            for number in numbers:
+                report.drop(bad, number)
     files.check(report, NEEDS, path)
     say(report)
     return questions
@@ -225,7 +314,8 @@ def island_quiz(island, n=200, seed=0):
 def context_of(question, pool, shots):
     """The question's prompt after the first `shots` examples of the pool with their answers, but never an example with
     the same prompt: that would tell the answer."""
-    examples = list(itertools.islice((other for other in pool if other.prompt != question.prompt), shots))
+    asked = question.prompt, question.begun
+    examples = list(itertools.islice((other for other in pool if (other.prompt, other.begun) != asked), shots))
     if len(examples) < shots:
         about = f" about {question.subject}" if question.subject else ""
         raise UserError(f"{shots} examples before each question were asked for, but there are only {len(examples)} "
@@ -234,7 +324,8 @@ def context_of(question, pool, shots):
     if question.task == "MMLU":
         subject = question.subject.replace("_", " ")
         preface = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-    return preface + "".join(f"{e.prompt} {e.choices[e.answer]}\n\n" for e in examples) + question.prompt
+    shown = [e.begun[e.answer] if e.begun else e.prompt for e in examples]
+    return preface + "".join(f"{p} {e.choices[e.answer]}\n\n" for p, e in zip(shown, examples)) + question.prompt
 
 
 def encode_pair(tok, context, choice, document=False):
@@ -316,8 +407,8 @@ def evaluate(model, tok, questions, run, shots=0, dev=None, micro_tokens=16384):
     for question in dev or questions:
         pools.setdefault((question.task, question.subject), []).append(question)
     contexts = [context_of(q, pools.get((q.task, q.subject), ()), number.get(q.task, 0)) for q in questions]
-    pairs = [(context, choice, q.task == "island") for q, context in zip(questions, contexts)
-             for choice in q.candidates()]
+    pairs = [(context + begun, choice, q.task == "island") for q, context in zip(questions, contexts)
+             for begun, choice in zip(q.begun or itertools.repeat(""), q.candidates())]
     flat = iter(loglikelihoods(model, tok, pairs, run, micro_tokens))
     lls, rows = [[next(flat) for _ in q.candidates()] for q in questions], []
     for task in dict.fromkeys(q.task for q in questions):

@@ -21,12 +21,14 @@ import math
 import re
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from common.errors import UserError
 
 from tqdm import tqdm
 
 import reward
+from data import files
 from island.world import Island
 from common.remote import complete
 from common.disk import Ledger
@@ -80,6 +82,44 @@ def _prompt(task, sections, reference):
     signs = "=" * max(5, longest + 1)
     lines = [f"{signs} {title} {signs}\n{text}\n" for title, text in sections]
     return task.format(reference=REFERENCE if reference else "") + "\n\n" + "".join(lines) + f"{signs} end {signs}\n"
+
+
+FIELDS_OF = {"question", "answer", "answer_a", "answer_b", *(f"{name}_{turn}" for turn in (1, 2) for name in (
+    "question", "answer", "answer_a", "answer_b", "ref_answer"))}  # what a prompt of FastChat may ask for
+
+
+def load_prompts(path):
+    """FastChat's judge_prompts.jsonl -> {(single or pairwise, about two turns?, with right answers?): the prompt}. What it
+    gives the judge as a system prompt stands before the rest here."""
+    prompts = {}
+    for number, row in files.read(Path(path).expanduser()):
+        try:
+            template = f"{row['system_prompt']}\n\n{row['prompt_template']}"
+            fields = set(re.findall(r"{(\w+)}", template))
+            if row["type"] not in ("single", "pairwise") or not fields or fields - FIELDS_OF:
+                raise ValueError
+            prompts.setdefault((row["type"], "question_2" in fields, "ref_answer_1" in fields), template)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"--judge-prompts {path}, row {number}: it has to be as FastChat's judge_prompts.jsonl, with type "
+                            "(single or pairwise), system_prompt and a prompt_template with {question} and {answer}") from None
+    if not {("single", False, False), ("pairwise", False, False)} <= prompts.keys():
+        raise UserError(f"--judge-prompts {path}: it needs a single and a pairwise prompt for one question without a reference")
+    return prompts
+
+
+def filled(prompts, talks, references):
+    """The prompt of `load_prompts` about one conversation, or two with the same questions."""
+    asked, multi = [m["content"] for m in talks[0] if m["role"] == "user"], sum(m["role"] == "user" for m in talks[0]) > 1
+    kind, right = "single" if len(talks) == 1 else "pairwise", bool(references) and all(references)
+    template = prompts.get((kind, multi, right)) or prompts.get((kind, multi, False))
+    if not template:
+        raise UserError(f"--judge-prompts: it has no {kind} prompt about two turns")
+    fields = {"question": asked[-1]} | {f"question_{i}": text for i, text in enumerate(asked, 1)}
+    fields |= {f"ref_answer_{i}": text for i, text in enumerate(references or [], 1)}
+    for name, talk in zip(("answer",) if kind == "single" else ("answer_a", "answer_b"), talks):
+        said = [m["content"] for m in talk if m["role"] == "assistant"]
+        fields |= {name: said[-1]} | {f"{name}_{i}": text for i, text in enumerate(said, 1)}
+    return re.sub(r"{(\w+)}", lambda found: fields[found[1]], template)
 
 
 def read_prompt(prompt):
@@ -198,22 +238,24 @@ def each_turn(items):
         ends = [i for i, m in enumerate(item["messages"], 1) if m["role"] == "assistant"]
         references = item.get("reference")
         references = references if isinstance(references, list) else [None] * (len(ends) - 1) + [references]
-        made += [{**item, "messages": item["messages"][:end], "reference": reference}
-                 for end, reference in zip(ends, references, strict=True)]
+        made += [{**item, "messages": item["messages"][:end], "reference": reference, "references": references[:i]}
+                 for i, (end, reference) in enumerate(zip(ends, references, strict=True), 1)]
     return made
 
 
-def rate(judge, items, path, say=print):
+def rate(judge, items, path, say=print, prompts=None):
     """Asks for a rating of each item -> [rating or None, ...] aligned with `items`, and the summary (rating_summary).
 
     items  [{"id", "messages": a conversation that ends with the answer to rate}, ...], each also with a "reference", a
            right answer, and with "model", whose answer it is, where these are known
     path   judgments are saved here, with their prompts, as they come; a second run asks only for what is missing
+    prompts  of load_prompts, in place of ours; "references" of an item are then the right answers to all its turns
     None stands where the judgment has no rating. It is counted, said and left out of the means.
     """
     turns = [sum(m["role"] == "user" for m in item["messages"]) for item in items]
     rows = [{"model": item.get("model", ""), "id": item["id"], "task": f"turn {turn}",
-             "prompt": rating_prompt(item["messages"], item.get("reference"))} for item, turn in zip(items, turns)]
+             "prompt": filled(prompts, [item["messages"]], item.get("references")) if prompts else
+             rating_prompt(item["messages"], item.get("reference"))} for item, turn in zip(items, turns)]
     ratings = [parse_rating(judgment) for judgment in _ask(judge, rows, path, parse_rating, say)]
     return ratings, rating_summary(ratings, turns)
 
@@ -240,17 +282,19 @@ def rating_cells(summary):
 
 # ---- comparing -------------------------------------------------------------------------------------------------------
 
-def duel(judge, items_a, items_b, path, say=print):
+def duel(judge, items_a, items_b, path, say=print, prompts=None):
     """Which of two models answers the same questions better? -> duel_summary, wins being those of items_a.
 
     items_a, items_b  as for `rate`, row by row the same questions (the reference is taken from items_a)
-    path              as for `rate`
+    path, prompts     as for `rate`
     """
     rows = []
     for a, b in zip(items_a, items_b, strict=True):
         models = " against ".join(item["model"] for item in (a, b) if "model" in item)
         for task, one, two in (("in order", a, b), ("swapped", b, a)):
-            prompt = comparison_prompt(one["messages"], two["messages"], a.get("reference"))
+            talks = one["messages"], two["messages"]
+            prompt = (filled(prompts, talks, a.get("references")) if prompts else
+                      comparison_prompt(*talks, a.get("reference")))
             rows.append({"model": models, "id": a["id"], "task": task, "prompt": prompt})
     verdicts = [parse_verdict(judgment) for judgment in _ask(judge, rows, path, parse_verdict, say)]
     return duel_summary(verdicts[::2], verdicts[1::2])

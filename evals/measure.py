@@ -201,11 +201,18 @@ def likeness(encoder, references, texts, run, config):
     return found
 
 
-def load_files(config, run):
-    """--data -> {name: rows with "messages"}, each file's name without its ending."""
+def load_files(config, run, wants=("sft",)):
+    """--data -> {name: rows with "messages"}, each file's name without its ending. wants: the forms, the first that is
+    there."""
     sets = {}
     for path in filter(None, map(str.strip, config.data.split(","))):
-        rows, report = files.load(path, "sft")
+        for want in wants:
+            try:
+                rows, report = files.load(path, want)
+                break
+            except UserError:
+                if want == wants[-1]:
+                    raise
         run.print(report)
         if config.sample and len(rows) > config.sample:
             rows = random.Random(config.seed).sample(rows, config.sample)
@@ -298,7 +305,27 @@ def judged_questions(config, island, run):
         more = [row for row in island.conversations(10 * len(rows), seed=9, split="test") if row["kind"] == "multi"]
         rows = [row["prompt"] for row in rows] + [row["messages"] for row in more[:len(rows) // 2]]
     else:
-        rows = [row["messages"] for part in load_files(config, run).values() for row in part]
+        return asked_in_files(config, run)
+    return first_turns(rows)
+
+
+def asked_in_files(config, run):
+    """judged_questions of --data: conversations, or questions alone, with a second one or not."""
+    asked, references = [], []
+    for part in load_files(config, run, ("sft", "prompts")).values():
+        for row in part:
+            follow_ups = [{"role": "user", "content": text} for text in row.get("follow_ups", [])]
+            questions, right = first_turns([row.get("messages") or row["prompt"] + follow_ups])
+            asked += questions
+            references += right if "messages" in row else [row.get("reference", [])[:2]]
+    if config.judge_reference and not any(references):
+        raise UserError(f"--judge-reference: {config.data} holds questions without answers")
+    turns = [sum(m["role"] == "user" for m in messages) for messages in asked]
+    return asked, [right + [None] * (n - len(right)) for right, n in zip(references, turns)]
+
+
+def first_turns(rows):
+    """Conversations -> the user's first one or two turns (a system prompt before them), and the answers to them."""
     asked, references = [], []
     for messages in rows:
         users = [i for i, m in enumerate(messages) if m["role"] == "user"]
@@ -323,12 +350,20 @@ def own_answers(model, tok, asked, run, config):
     return talks
 
 
+def readable(texts):
+    """-> {"fre", "fkg": (mean, low, high)} of answers."""
+    return {name: interval(list(values)) for name, values in zip(("fre", "fkg"), zip(*map(readability, texts)))}
+
+
 def evaluate_judge(config, run):
     """Ratings of every model's answers, in one turn and in two, and duels of each model with the first one."""
     if config.judge_reference and not config.data:
         raise UserError("--judge-reference shows the judge the answers in your --data, and none is given")
     island = None if config.data else Island()
     asked, references = judged_questions(config, island, run)
+    if config.judge_prompts and not config.judge.startswith(("http://", "https://")):
+        raise UserError("--judge-prompts are for a judge who reads: give --judge http://address/v1#model")
+    prompts = judge.load_prompts(config.judge_prompts) if config.judge_prompts else None
     judging, path, items = judge.load_judge(config.judge, run, island), Path(config.out) / "judgments.jsonl", {}
     for folder in config.folders:
         talks = own_answers(*load_to_ask(folder, run), asked, run, config)
@@ -337,13 +372,17 @@ def evaluate_judge(config, run):
                          for i, (talk, right) in enumerate(zip(talks, references))]
     results, first = {"ratings": {}, "duels": {}}, config.folders[0]
     for folder in config.folders:
-        results["ratings"][folder] = judge.rate(judging, judge.each_turn(items[folder]), path, run.print)[1]
-    run.print("\nratings, 1 to 10\n" + table(["model", *judge.RATING_HEADER], [
-        [folder, *judge.rating_cells(summary)] for folder, summary in results["ratings"].items()]))
+        summary = judge.rate(judging, judge.each_turn(items[folder]), path, run.print, prompts)[1]
+        results["ratings"][folder] = summary | readable([m["content"] for item in items[folder] for m in item["messages"]
+                                                         if m["role"] == "assistant"])
+    run.print("\nratings, 1 to 10, and readability\n" + table(["model", *judge.RATING_HEADER, "FRE", "FKG"], [
+        [folder, *judge.rating_cells(summary), *(cell(summary[name], "number") for name in ("fre", "fkg"))]
+        for folder, summary in results["ratings"].items()]))
     for folder in config.folders[1:]:
-        last = [[item | {"reference": item["reference"][-1]} if "reference" in item else item for item in items[name]]
+        last = [[item | {"reference": item["reference"][-1], "references": item["reference"]} if "reference" in item else item
+                 for item in items[name]]
                 for name in (folder, first)]
-        results["duels"][f"{folder} against {first}"] = judge.duel(judging, *last, path, run.print)
+        results["duels"][f"{folder} against {first}"] = judge.duel(judging, *last, path, run.print, prompts)
     if results["duels"]:
         run.print("\nduels: a win is what wins in both orders\n" + table(["", *judge.DUEL_HEADER], [
             [name, *judge.duel_cells(summary)] for name, summary in results["duels"].items()]))

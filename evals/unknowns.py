@@ -37,7 +37,7 @@ from data.tokenizer import get_tokenizer
 from generate import ask
 from quant import freeze
 from common.disk import writable, writing
-from common.flags import Amount, Count, DType, Positive, parse
+from common.flags import Amount, Count, DType, Positive, Probability, Seed, parse
 
 AT_ONCE = 64  # answers generated side by side
 MATCH = 0.75  # share of the reference's key words that an answer must hold: both of two, three of four
@@ -131,9 +131,9 @@ class Config:
     n: Count = 0  # questions at most; 0: all of --data, or 1500 conversations of the island
     tries: Positive = 5  # how often each question is asked
     temperature: Amount = 0.7  # of the answers: at 0 all tries would be the same
-    known: float = 0.5  # share of right tries from which on the answer counts as known
+    known: Probability = 0.5  # share of right tries from which on the answer counts as known
     max_new_tokens: Positive = 48  # longest answer
-    seed: int = 0  # of the answers
+    seed: Seed = 0  # of the answers
     device: str = "auto"  # cuda, mps or cpu; auto: the first there is
     dtype: DType = "auto"  # float32 or bfloat16; auto: bfloat16 where the hardware is fast at it
 

@@ -5,11 +5,11 @@
     python -m island --write out/island                every part as JSONL, in the formats of public data sets
     python -m island --dump dump                       a dirty dump, for the filters of data/eli5.py: see dirty.py
 """
-import argparse
 from pathlib import Path
 
 from common.errors import UserError, end_politely
 from common.disk import writable, write_jsonl
+from common.flags import Amount, Number, Parser, Positive, Seed, bounded
 from data.readability import readability
 from island import dirty
 from island.kinds import ATTRIBUTES, KINDS
@@ -76,29 +76,27 @@ def show(island, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m island", description="The embedded world. Without --ask, --write or --dump it shows a sample of everything.",
         epilog="Knobs to learn from: --without unknown (the model will invent), --flattery 0 (votes without bias), --noise 0 "
                "(votes that are the truth).")
     parser.add_argument("--ask", metavar="QUESTION", help='print the truth, for instance --ask "What does Mabel eat?"')
     parser.add_argument("--write", metavar="FOLDER", help="write every part as JSONL files")
     parser.add_argument("--dump", metavar="FOLDER", help="write posts and articles full of counted mistakes")
-    parser.add_argument("--n-dump", type=int, default=600, help="posts in the dump (default 600)")
-    parser.add_argument("--seed", type=int, default=0,
+    parser.add_argument("--n-dump", type=bounded(Positive), default=600, help="posts in the dump (default 600)")
+    parser.add_argument("--seed", type=bounded(Seed), default=0,
                         help="another seed is another world (default 0, the world of the scripts)")
-    parser.add_argument("--n-sft", type=int, default=3000, help="conversations in each SFT file (default 3000)")
-    parser.add_argument("--n-ranked", type=int, default=2000, help="questions with ranked answers (default 2000)")
+    parser.add_argument("--n-sft", type=bounded(Positive), default=3000, help="conversations in each SFT file (default 3000)")
+    parser.add_argument("--n-ranked", type=bounded(Positive), default=2000, help="questions with ranked answers (default 2000)")
     parser.add_argument("--with", dest="more", default="", metavar="KINDS",
                         help=f"kinds of questions more, with commas between: {', '.join(KINDS)}")
     parser.add_argument("--without", default="", metavar="KINDS",
                         help=f"kinds to leave out, of those and of {', '.join(CONVERSATIONS)}")
-    parser.add_argument("--flattery", type=float, default=2.5,
+    parser.add_argument("--flattery", type=bounded(Number), default=2.5,
                         help='what "Great question!" is worth to voters, in gold points (default 2.5)')
-    parser.add_argument("--noise", type=float, default=1.5,
+    parser.add_argument("--noise", type=bounded(Amount), default=1.5,
                         help="standard deviation of the votes, in gold points (default 1.5)")
     args = parser.parse_args()
-    if min(args.n_sft, args.n_ranked, args.n_dump) < 1 or args.noise < 0:
-        parser.error("--n-sft, --n-ranked and --n-dump must be at least 1, and --noise at least 0")
     island = Island(args.seed)
     if args.ask:
         print(island.truth(args.ask))

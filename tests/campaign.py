@@ -24,6 +24,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from tests import crafted
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "robust.md"
 OUTCOMES = ("fine", "sentence", "traceback", "hang", "silent", "lost", "left", "other")
@@ -295,7 +297,8 @@ def placed(name, command, folder):
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-CAMPAIGNS = {campaign.__name__: campaign for campaign in (kills, signals, disk_full, file_limit, outs)}
+CAMPAIGNS = {campaign.__name__: campaign for campaign in (kills, signals, disk_full, file_limit, outs, crafted.configs, crafted.bombs,
+                                                          crafted.flags)}
 HEAD = f"| campaign | what is tried | cases | {' | '.join(OUTCOMES)} | when |\n|---|---|{'---:|' * (len(OUTCOMES) + 1)}---|\n"
 
 

@@ -125,7 +125,7 @@ def test_nf4_prints_its_tables(toy, capsys, monkeypatch):
     assert len(stacks) == 3 and all(line.split()[-1] == "2" for line in stacks)  # after the work, not before it
 
 
-@pytest.mark.parametrize("flags, words", [(["--rounds", "0"], "--rounds 0"), (["--steps", "-1"], "--steps -1"),
+@pytest.mark.parametrize("flags, words", [(["--rounds", "0"], "--rounds: 0"), (["--steps", "-1"], "--steps: -1"),
                                           (["--batch-size", "9000"], "smaller --batch-size")])
 def test_impossible_values_are_one_sentence(toy, tmp_path, flags, words):
     data = tmp_path / "rows.jsonl"

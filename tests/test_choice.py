@@ -121,7 +121,7 @@ def test_bad_rows_are_counted_and_said(tmp_path, row, reason):
 
 def test_a_file_of_something_else_is_told_what_is_read_here(tmp_path):
     path = write(tmp_path / "chats.jsonl", {"prompt": "Hi", "completion": "Ho"}, {"text": "Hm"})
-    with pytest.raises(UserError, match='holds no multiple-choice question; .* ARC, HellaSwag, MMLU or .*"answer": 0'):
+    with pytest.raises(UserError, match='holds no multiple-choice question; .* ARC, HellaSwag, MMLU, PIQA, TruthfulQA or WinoGrande.*"answer": 0'):
         load_questions(path)
     (tmp_path / "broken.jsonl").write_text(json.dumps(PLAIN) + '\n{"question"\n')
     assert len(load_questions(tmp_path / "broken.jsonl")) == 1
@@ -355,3 +355,48 @@ def test_a_model_that_has_read_the_facts_passes_the_quiz_and_a_fresh_one_does_no
             p.data -= 0.01 * gradient.sign()
     after, = evaluate(model, tok, quiz, RUN)
     assert before["acc"][0] < 0.6 and after["acc"][0] > 0.85
+
+
+# ---- the same sets as others have written them -----------------------------------------------------------------------
+
+TRUTH_CSV = {"Question": "Do pigs fly?", "Best Answer": "No", "Correct Answers": "No; They do not", "Incorrect Answers": "Yes; At night"}
+AS_OTHERS = [
+    ({"question": {"stem": "What is wet?", "choices": [{"text": "Sand", "label": "A"}, {"text": "Rain", "label": "B"}]}, "answerKey": "B"},
+     ChoiceQuestion("ARC", "Question: What is wet?\nAnswer:", ("Sand", "Rain"), 1)),
+    ({"query": "Question: What is wet?", "choices": ["Sand", "Rain"], "gold": 1},
+     ChoiceQuestion("plain", "Question: What is wet?\nAnswer:", ("Sand", "Rain"), 1)),
+    ({"goal": "Dry a hen.", "sol1": "A towel.", "sol2": "Rain.", "label": 0},
+     ChoiceQuestion("PIQA", "Question: Dry a hen.\nAnswer:", ("A towel.", "Rain."), 0)),
+    ({"sentence": "The hen ate the corn as the _ was hungry.", "option1": "hen", "option2": "corn", "answer": "1"},
+     ChoiceQuestion("WinoGrande", "", ("was hungry.",) * 2, 0, begun=("The hen ate the corn as the hen", "The hen ate the corn as the corn"))),
+    ({"context_options": ["As the hen", "As the corn"], "continuation": "was hungry.", "gold": 0},
+     ChoiceQuestion("WinoGrande", "", ("was hungry.",) * 2, 0, begun=("As the hen", "As the corn"))),
+    ({"subject": "animal_legs", "output": "B", "input": "The following are multiple choice questions (with answers) about  animal legs.\n\n"
+      "How many legs has a hen?\nA. one\nB. two\nC. three\nD. four\nAnswer:"}, choice.recognise(MMLU, 2)),
+    (TRUTH_CSV, ChoiceQuestion("TruthfulQA", "Q: Do pigs fly?\nA:", ("No", "Yes", "At night"), 0,
+                               mc2=(("No", True), ("They do not", True), ("Yes", False), ("At night", False)))),
+]
+
+
+@pytest.mark.parametrize("row, expected", AS_OTHERS)
+def test_the_shapes_of_others_are_the_same_questions(row, expected):
+    assert choice.recognise(row, 2) == expected
+
+
+def test_answers_with_a_label_each_are_one_question(tmp_path):
+    rows = [{"question": q, "answer": f"{q}{i}", "label": int(i == 1)} for q in "ab" for i in range(3)]
+    rows += [{"question": "c", "answer": "x", "label": 1}, {"question": "c", "answer": "y", "label": 1}]
+    said = []
+    found = load_questions(write(tmp_path / "rows.jsonl", *rows), say=said.append)
+    assert [(q.prompt, q.choices, q.answer) for q in found] == [(f"Question: {q}\nAnswer:", (f"{q}0", f"{q}1", f"{q}2"), 1) for q in "ab"]
+    assert "dropped 2: not one right answer" in str(said[0])
+
+
+def test_of_winogrande_the_words_after_the_gap_are_scored_behind_both_beginnings(model, tok):
+    questions = [choice.recognise(row, 2) for row, expected in AS_OTHERS if expected.task == "WinoGrande"]
+    asked = [(begun, q.choices[0]) for q in questions for begun in q.begun]
+    lls = loglikelihoods(model, tok, asked, RUN)
+    rights = [float((a >= b) == (q.answer == 0)) for q, a, b in zip(questions, lls[::2], lls[1::2])]
+    [row] = evaluate(model, tok, questions, RUN)
+    assert row["task"] == "WinoGrande" and row["acc"][0] == sum(rights) / 2 == row["acc_norm"][0]
+    assert context_of(questions[0], questions, 1) == "As the hen was hungry.\n\n"

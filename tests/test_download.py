@@ -25,6 +25,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path not in server.files:
             return self.send_error(404)
         body, start = server.files[self.path], 0
+        if server.tags and self.headers.get("If-Range", server.tag(body)) != server.tag(body):
+            del self.headers["Range"]  # the client has a piece of another file
         if server.ranges and self.headers.get("Range"):
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
             if start >= len(body):
@@ -37,6 +39,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
         rest = body[start:]
         self.send_header("Content-Length", str(len(rest)))
+        if server.tags:
+            self.send_header("ETag", server.tag(body))
         self.end_headers()
         if server.cuts:
             server.cuts -= 1
@@ -51,7 +55,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.asked, server.refusals = {"/a/f.bin": BODY}, [], []
-    server.ranges, server.cuts, server.shift = True, 0, 0
+    server.ranges, server.cuts, server.shift, server.tags = True, 0, 0, False
+    server.tag = lambda body: f'"{hashlib.sha256(body).hexdigest()[:8]}"'
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -269,3 +274,29 @@ def test_a_page_in_place_of_the_list_is_not_kept(hub):
         download.hub_list("some/set")
     hub.files["/api/datasets/some/set/tree/main?recursive=true"] = good
     assert download.hub_list("some/set")["data/train-1.bin"] == (4, hashlib.sha256(b"four").hexdigest())
+
+
+@pytest.mark.parametrize("tags", [True, False])
+def test_a_file_that_changed_meanwhile_is_no_mixture_of_two(server, tags):
+    server.tags, server.ranges, server.cuts = tags, False, 1000
+    with pytest.raises(UserError):
+        download.fetch(f"{server.url}/a/f.bin", say=str)
+    server.ranges, server.cuts, server.files["/a/f.bin"] = True, 0, bytes(reversed(BODY))
+    path = download.fetch(f"{server.url}/a/f.bin")
+    assert (path.read_bytes() == bytes(reversed(BODY))) == tags  # without a tag nobody can tell
+    assert [other.name for other in path.parent.iterdir()] == ["f.bin"]
+
+
+def test_a_list_that_is_older_than_its_files_is_asked_for_again(server):
+    def listed(body):
+        return json.dumps([{"type": "file", "path": "x.jsonl", "size": len(body)}]).encode()
+
+    tree, new = "/api/datasets/me/set/tree/main?recursive=true", b"more rows than before"
+    server.files |= {tree: listed(b"rows"), "/datasets/me/set/resolve/main/x.jsonl": new}
+    download.hub_list("me/set")
+    server.files[tree] = listed(new)
+    assert download.hub_file("me/set", "x.jsonl", say=str).read_bytes() == new
+    server.files[tree] = server.files["/datasets/me/set/resolve/main/x.jsonl"] = b"[]"
+    with pytest.raises(UserError, match="has no file"):
+        download.place(f"{server.url}{tree}").unlink()
+        download.hub_file("me/set", "x.jsonl", say=str)

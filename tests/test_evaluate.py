@@ -563,3 +563,13 @@ def test_ensure_gets_what_the_command_line_said(monkeypatch):
     monkeypatch.setattr(trainer, "ensure", lambda folder, script, config, run, **settings: seen.append(config.seed))
     assert set(story.run_stages(RUN, config(seed=3))) == set(story.STAGES) and set(seen) == {3}
     assert all(math.isfinite(s) for s in story.run_stages(RUN, config()).values())
+
+
+def test_a_judge_asks_files_of_questions_their_second_turn_too(tmp_path):
+    rows = [{"turns": ["one?", "two?"], "reference": ["r1", "r2"]}, {"turns": ["three?", "four?"]}]
+    (tmp_path / "mt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(2)))
+    config = evaluate.Config(data=f"{tmp_path / 'mt.jsonl'},{tmp_path / 'talks.jsonl'}", judge_reference=True, judge="gold")
+    asked, right = measure.judged_questions(config, None, trainer.Run(torch.device("cpu"), torch.float32))
+    assert [[m["content"] for m in messages] for messages in asked] == [["one?", "two?"], ["three?", "four?"], ["q0"], ["q1"]]
+    assert right == [["r1", "r2"], [None, None], ["a0"], ["a1"]]

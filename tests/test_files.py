@@ -2,6 +2,8 @@
 import copy
 import gzip
 import json
+import tracemalloc
+import os
 import random
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import pretrain
 import reward
 import sft
-from data import files
+from data import cells, files
 from data.pairs import load_ranked
 from data.clean import rows_of
 from data.tokenizer import get_tokenizer
@@ -828,3 +830,54 @@ def test_real_rows_of_every_shape(name, kept, dropped, looks):
     if name == "seed_tasks.jsonl":
         raw = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         assert all(task["instances"][0]["input"] in row["messages"][0]["content"] for task, row in zip(raw, rows))
+
+
+# ---- what is too large, or no file -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "txt"])
+@pytest.mark.parametrize("filler", ["\0", " ", "x"])
+def test_a_bomb_ends_in_one_sentence_and_never_fills_the_memory(tmp_path, monkeypatch, ending, filler):
+    monkeypatch.setattr(files, "LIMIT", 10_000), monkeypatch.setattr(cells, "LIMIT", 10_000)
+    monkeypatch.setattr(files, "free_memory", lambda: 8 * 10_000)
+    path = tmp_path / f"rows.{ending}.gz"
+    with gzip.open(path, "wb") as packed:
+        for _ in range(300):
+            packed.write(filler.encode() * 100_000)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="NUL|10 MB|unpacked|is empty"):
+        files.load(path, "text")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6, f"{peak:,} bytes of 30,000,000"
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+def test_a_long_line_of_a_table_costs_that_row(tmp_path, monkeypatch, quoted):
+    monkeypatch.setattr(cells, "LIMIT", 1000)
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion\n" + "".join(f'"q{i}",{"x" * 5000 if i == 2 else "yes"}\n' if quoted else
+                                                     f'q{i},{"x" * 5000 if i == 2 else "yes"}\n' for i in range(5)))
+    rows, report = files.load(path, "sft")
+    assert [row["messages"][0]["content"] for row in rows] == ["q0", "q1", "q3", "q4"]
+    assert report.dropped == {"line over 10 MB": (1, 3)}
+
+
+def test_a_header_that_cannot_be_read_is_one_sentence(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('"prompt"x,"completion\na,b\n')
+    with pytest.raises(UserError, match="rows.csv"):
+        files.load(path, "sft")
+
+
+def test_pipes_and_devices_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    os.symlink("/dev/zero", tmp_path / "zero.jsonl")
+    for name in ("rows.jsonl", "zero.jsonl"):
+        with pytest.raises(UserError, match="is a pipe or a device"):
+            files.load(tmp_path / name, "sft")
+
+
+def test_a_report_commands_no_terminal(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "y", "\x1b[2J": 1}) + "\n" for i in range(4)))
+    assert "\x1b" not in str(files.load(path, "sft")[1])

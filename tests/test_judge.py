@@ -451,3 +451,38 @@ def test_nothing_to_show(tmp_path, files, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="evaluate.py"):
         judge.main(judge.Config(files))
+
+
+# ---- prompts as FastChat writes them ---------------------------------------------------------------------------------
+
+def fastchat(path, *more):
+    rows = [{"type": "single", "system_prompt": "S", "prompt_template": "1: {question} {answer}"},
+            {"type": "single", "system_prompt": "S", "prompt_template": "2: {ref_answer_1} {question_2} {answer_1} {answer_2}"},
+            {"type": "pairwise", "system_prompt": "P", "prompt_template": "{question}: {answer_a} or {answer_b}"},
+            {"type": "pairwise", "system_prompt": "P", "prompt_template": "{question_2}: {answer_a_2} or {answer_b_2}"}, *more]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return judge.load_prompts(path)
+
+
+def test_another_prompt_is_filled_in_once_and_its_answers_are_text(tmp_path):
+    prompts = fastchat(tmp_path / "p.jsonl")
+    one, two = [[{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, texts)]
+                for texts in (["q1", "{answer_b}", "q2", "a2"], ["q1", "b1", "q2", "b2"])]
+    assert judge.filled(prompts, [one[:2]], None) == "S\n\n1: q1 {answer_b}"
+    assert judge.filled(prompts, [one[:2], two[:2]], None) == "P\n\nq1: {answer_b} or b1"
+    assert judge.filled(prompts, [one, two], None) == "P\n\nq2: a2 or b2"
+    assert judge.filled(prompts, [one], ["r1", "r2"]) == "S\n\n2: r1 q2 {answer_b} a2"
+    with pytest.raises(UserError, match="no single prompt about two turns"):  # the only one wants references
+        judge.filled(prompts, [one], None)
+
+
+@pytest.mark.parametrize("row", [{"type": "single"}, {"type": "other", "system_prompt": "", "prompt_template": "{question}"},
+                                 {"type": "single", "system_prompt": "", "prompt_template": "{password}"}, [], 5])
+def test_a_file_without_such_prompts_is_one_sentence(tmp_path, row):
+    with pytest.raises(UserError, match="p.jsonl, row 5"):
+        fastchat(tmp_path / "p.jsonl", row)
+
+
+def test_each_turn_knows_the_right_answers_so_far():
+    talk = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "qaqa")]
+    assert [item["references"] for item in judge.each_turn([{"id": 1, "messages": talk, "reference": ["r1", "r2"]}])] == [["r1"], ["r1", "r2"]]

@@ -451,7 +451,9 @@ def test_training_goes_on_from_a_loaded_adapter_as_if_never_saved(tmp_path):
     ({"use_dora": True}, "use_dora"), ({"peft_type": "LOHA"}, "peft_type"), ({"task_type": "SEQ_CLS"}, "task_type"),
     ({"bias": "all"}, "bias"), ({"rank_pattern": {"c_attn": 2}}, "rank_pattern"), ({"something_new": 1}, "new"),
     ({"modules_to_save": ["wte"]}, "modules_to_save"), ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-    ({"r": None}, "damaged"), ({"r": 0}, "damaged"), ({"nanoalign_nf4": {"block": 64}}, "damaged"),
+    ({"r": None}, "no r,"), ({"r": 0}, "r = 0"), ({"r": 10 ** 9}, "r = 1000000000"), ({"lora_alpha": "8"}, "lora_alpha = '8'"),
+    ({"nanoalign_nf4": {"block": 64}}, "no double"), ({"base_model_name_or_path": 5}, "its base is 5"),
+    ({"trainable_token_indices": [-1]}, "-1"), ({"nanoalign_extra": [[]]}, "nanoalign_extra"),
 ])
 def test_settings_that_would_make_another_model_are_refused(tmp_path, change, message):
     checkpoints.save_adapter(adapted(), tmp_path, "b")

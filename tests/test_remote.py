@@ -178,3 +178,18 @@ def test_the_key_is_never_printed(server, waits):
     with pytest.raises(UserError) as error:
         complete(server.url, "tiny", ASK, key="sec\nret")
     assert "sec" not in str(error.value) and "ret" not in str(error.value)
+
+
+@pytest.mark.parametrize("url, sent", [("https://api.example.org/v1", True), ("http://localhost:8000/v1", True), ("http://127.0.0.1/v1", True),
+                                       ("http://[::1]:80/v1", True), ("http://api.example.org/v1", False), ("http://10.0.0.5/v1", False),
+                                       ("http://localhost@example.org/v1", False), ("http://localhost.example.org/v1", False)])
+def test_the_key_never_travels_readable_over_a_network(monkeypatch, url, sent):
+    monkeypatch.setenv(remote.KEY, "secret")
+    assert ("Authorization" in remote._request(url, None, {}).headers) == sent
+
+
+def test_what_a_server_says_commands_no_terminal(server, waits):
+    server.script = [(400, json.dumps({"error": {"message": "no \x1b[2Jsuch\x07\u202e model"}}).encode(), {})]
+    with pytest.raises(UserError) as error:
+        remote.complete(server.url, "m", [])
+    assert "no \\x1b[2Jsuch\\x07\\u202e model" in str(error.value)
