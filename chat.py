@@ -148,7 +148,8 @@ class Speaker:
 
     @torch.inference_mode()
     def coloured(self, ids, new):
-        """A prompt's ids, and the new ones -> all their tokens: what training masks in grey, the answer's by their probability."""
+        """A prompt's ids, and the new ones -> their text: what training masks in grey, the answer's tokens by their
+        probability."""
         with self.run.autocast():
             row = torch.tensor([ids + new], device=self.run.device)
             mask = torch.tensor([[0] * len(ids) + [1] * len(new)], device=self.run.device)
@@ -157,7 +158,7 @@ class Speaker:
         for token, p in zip(new, probs):
             color = next(color for color, least in COLORS.items() if p >= least)
             text += f"\033[{color}m{self.tok.piece(token)}\033[0m"
-        return text + "\n\033[90m" + " ".join(f"\033[{color}mp \u2265 {least:g}\033[0m" for color, least in COLORS.items())
+        return text + "\n" + " ".join(f"\033[{color}mp \u2265 {least:g}\033[0m" for color, least in COLORS.items())
 
     def replies(self, prompts, seed):
         """Prompts (lists of ids) -> the answers' texts, all at once."""
@@ -211,7 +212,8 @@ class Chat:
 
     def prompt(self):
         """What stands before a line that is typed: how full the fullest context is."""
-        used, size = max((speaker.filled(self.system) for speaker in self.speakers), key=lambda found: found[0] / found[1])
+        every = [speaker.filled(self.system) for speaker in self.speakers]
+        used, size = max(every, key=lambda found: found[0] / found[1])
         return f"[{used} of {size} tokens] > " if used else "> "
 
     def toggle_marks(self):

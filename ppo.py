@@ -304,7 +304,7 @@ def check_ratio(logps, old_logps, mask, step, run):
 # ---- from start to end -----------------------------------------------------------------------------------------------
 
 # what must be there before; what a run costs (common/waits.py)
-NEEDS, COSTS = {"init": (sft, {"answers": "community"}), "reward": (reward_model, {})}, (1.2, 50, 12)
+NEEDS, COSTS = {"init": (sft, {"answers": "community"}), "reward": (reward_model, {})}, (1.4, 50, 12)
 
 
 @dataclass
@@ -345,7 +345,7 @@ class Config(TrainConfig):
     mix_data: str = ""  # plain text for --mix; empty: the island's, where --data is empty too
     mix_rows: Positive = 4  # contexts of plain text in each update
     sample_every: Count = 10  # steps between printed responses
-    watch_every: Count = 5  # the island: steps between answers to five questions, token by token, in watched.jsonl; 0: never
+    watch_every: Count = 5  # the island: steps between answers to five questions, kept in watched.jsonl; 0: never
 
 
 def load_prompts(config, tok, block_size, say):
@@ -364,8 +364,8 @@ def load_prompts(config, tok, block_size, say):
         say(f"{len(ids) - len(kept):,} of {len(ids):,} questions dropped: with {config.max_new_tokens} new tokens they "
             f"are longer than the context of {block_size}")
     if config.data and kept:
-        files.enough(len(kept), len(ids), block_size - config.max_new_tokens, "lower --max-new-tokens, or --init with a model "
-                     "that reads more")
+        files.enough(len(kept), len(ids), block_size - config.max_new_tokens,
+                     "lower --max-new-tokens, or --init with a model that reads more")
     if not kept:
         raise UserError(f"no question leaves room for --max-new-tokens {config.max_new_tokens} in a context of "
                         f"{block_size}: lower it")
@@ -493,10 +493,10 @@ class Watch:
         rewards, answers = kl_rewards(r.scores, r.old_logps, r.ref_logps, r.mask, beta), []
         for i, conversation in enumerate(r.conversations):
             columns = r.mask[i].nonzero().flatten().tolist()
-            numbers = [[round(x[i, t].item(), 4) for x in (r.old_logps, r.ref_logps, r.advantages, rewards)] for t in columns]
-            answers.append({"question": conversation[-2]["content"], "score": r.scores[i].item(),
-                            "gold": self.island.gold(conversation[:-1], conversation[-1]["content"]),
-                            "tokens": [[self.tok.piece(int(r.ids[i, t + 1])), *four] for t, four in zip(columns, numbers)]})
+            tokens = [[self.tok.piece(int(r.ids[i, t + 1])),
+                       *(round(x[i, t].item(), 4) for x in (r.old_logps, r.ref_logps, r.advantages, rewards))] for t in columns]
+            answers.append({"question": conversation[-2]["content"], "score": r.scores[i].item(), "tokens": tokens,
+                            "gold": self.island.gold(conversation[:-1], conversation[-1]["content"])})
         self.rows.append({"step": step, "answers": answers})
         write_jsonl(self.path, self.rows)
 
@@ -535,7 +535,8 @@ def report(policy, tok, scorer, island, config, run):
                   f"   python ppo.py --beta 0 --out out/ppo-no-penalty    a higher score, worse answers\n"
                   f"   python ppo.py --reward gold --out out/ppo-gold     what a perfect reward would give")
     else:
-        run.print(f"   python chat.py {config.init} {config.out} --file {config.data} --out answers.jsonl    both, on every question")
+        run.print(f"   python chat.py {config.init} {config.out} --file {config.data} --out answers.jsonl    both, on "
+                  "every question")
 
 
 if __name__ == "__main__":

@@ -80,9 +80,10 @@ class TrainConfig:
 
 
 FIRST = ("data", "init", "out", "steps", "lr", "resume")  # what training scripts are asked for most, first in --help
-GROUPS = {"data": ("data", "mix_data", "merge_system", "max_tokens", "tokenizer", "template", "examples", "sample", "file", "n_prompts",
-                   "documents", "score", "pairs", "max_pairs"),
-          "model": ("init", "family", "n_layer", "n_head", "n_embd", "block_size", "dropout", "reward", "reference", "system"),
+GROUPS = {"data": ("data", "mix_data", "merge_system", "max_tokens", "tokenizer", "template", "examples", "sample", "file",
+                   "n_prompts", "documents", "score", "pairs", "max_pairs"),
+          "model": ("init", "family", "n_layer", "n_head", "n_embd", "block_size", "dropout", "reward", "reference",
+                    "system"),
           "training": (),  # all else of a training script
           "adapters": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "nf4"),
           "machine": ("micro_tokens", "checkpointing", "seed", "device", "dtype", "resume", "overwrite", "save_every")}

@@ -18,8 +18,8 @@ from common.flags import parse
 COLORS = {"base": "#7f7f7f", "sft": "#0072b2", "sft-community": "#56b4e9", "reward": "#cc79a7", "dpo": "#e69f00",
           "ppo": "#009e73", "ppo-no-penalty": "#d55e00"}  # told apart by the colour-blind too (Okabe and Ito 2008)
 OTHERS = ("#332288", "#aa4499", "#117733", "#882255", "#999933", "#6699cc")
-NAMES = ("loss", "held_out", "accuracy", "held_out_loss", "held_out_accuracy", "margin", "score", "gold", "kl", "entropy", "length",
-         "ended", "clipfrac", "explained_variance", "grad_norm")  # of a log, in the order in which they are looked at
+NAMES = ("loss", "held_out", "accuracy", "held_out_loss", "held_out_accuracy", "margin", "score", "gold", "kl",
+         "entropy", "length", "ended", "clipfrac", "explained_variance", "grad_norm")  # of a log, in the order in which they are looked at
 SHARES = {"accuracy", "held_out_accuracy", "ended", "clipfrac"}
 
 
@@ -78,14 +78,19 @@ def finding(values, share=False):
     """What a curve says -> "rises from 1.2 to 3.4": the means of its first and last tenth."""
     n = max(1, len(values) // 10)
     first, last = sum(values[:n]) / n, sum(values[-n:]) / n
-    texts = [f"{value:.0%}" if share else f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}" for value in (first, last)]
-    return f"stays at {texts[0]}" if texts[0] == texts[1] else f"{'rises' if last > first else 'falls'} from {texts[0]} to {texts[1]}"
+    texts = [f"{value:.0%}" if share else f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
+             for value in (first, last)]
+    if texts[0] == texts[1]:
+        return f"stays at {texts[0]}"
+    return f"{'rises' if last > first else 'falls'} from {texts[0]} to {texts[1]}"
 
 
 def titled(axes, label, findings):
     """A title that states the finding: one line, or one a checkpoint."""
     lines = [label if len(findings) > 1 else f"{label} {next(iter(findings.values()), '')}"]
-    axes.set_title("\n".join(lines + [f"{name} {text}" for name, text in findings.items()] * (len(findings) > 1)), fontsize=9)
+    if len(findings) > 1:
+        lines += [f"{name} {text}" for name, text in findings.items()]
+    axes.set_title("\n".join(lines), fontsize=9)
 
 
 def draw_logs(logs, names, path):
@@ -121,10 +126,11 @@ def draw_over_kl(logs, path):
     made, panels = figure(len(names))
     for axes, name in zip(panels, names):
         for folder, lines in logs.items():
-            axes.plot([max(0.0, line["kl"]) ** 0.5 for line in lines], [line[name] for line in lines], "o-", markersize=3,
-                      linewidth=0.5, color=color(folder), label=Path(folder).name)
+            roots, values = [max(0.0, line["kl"]) ** 0.5 for line in lines], [line[name] for line in lines]
+            axes.plot(roots, values, "o-", markersize=3, linewidth=0.5, color=color(folder), label=Path(folder).name)
         axes.set_xlabel("square root of a response's KL from SFT")
-        titled(axes, labels[name], {Path(folder).name: finding([line[name] for line in lines]) for folder, lines in logs.items()})
+        titled(axes, labels[name], {Path(folder).name: finding([line[name] for line in lines])
+                                    for folder, lines in logs.items()})
     panels[0].legend(fontsize=7)
     save(made, path)
 
@@ -140,8 +146,9 @@ def main(config):
     if not config.folders:
         raise UserError("name the folders whose logs are drawn, as in python -m common.plots out/sft out/dpo")
     logs = {folder: read_log(folder) for folder in config.folders}
-    there = {name: None for lines in logs.values() for line in lines for name, value in line.items() if isinstance(value, (int, float))}
-    names = [name.strip() for name in config.names.split(",")] if config.names else [name for name in NAMES if name in there]
+    there = {name: None for lines in logs.values() for line in lines for name, value in line.items()
+             if isinstance(value, (int, float))}
+    names = [name.strip() for name in config.names.split(",") if name.strip()] or [name for name in NAMES if name in there]
     if wrong := [name for name in names if name not in there]:
         raise UserError(f"--names {config.names}: no log has {wrong[0]}; there are {', '.join(there)}")
     needed("python -m common.plots")

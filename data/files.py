@@ -382,7 +382,8 @@ def check(report, needs, path):
     detail = f": {report.details[reason]}" if report.details[reason] else ""
     much = (f"{bad:,} of its {report.read:,} rows are bad" if report.kept else
             f"none of its {report.read:,} rows can be used")
-    cure = "" if ": rename " in detail else "; " + CURES.get(reason, needs if reason in FINE else "mend or remove those rows")
+    cure = CURES.get(reason, needs if reason in FINE else "mend or remove those rows")
+    cure = "" if ": rename " in detail else f"; {cure}"  # the detail says it better
     raise UserError(f"{path}: {much}; most often: {reason} ({count:,}, first: row {first:,}{detail}){cure}.")
 
 
@@ -429,7 +430,7 @@ def hold_out_text(rows, seed=0, say=lambda line: None):
 
 
 def enough(kept, rows, limit, cure):
-    """Raises UserError where under a tenth of a file's conversations fit what the model can read: no training comes of it."""
+    """Raises UserError where under a tenth of a file's conversations fit what the model can read."""
     if kept * 10 < rows:
         raise UserError(f"only {kept:,} of {rows:,} conversations fit {limit:,} tokens: {cure}.")
 

@@ -23,7 +23,7 @@ def asked_in(rows):
 
 
 class Questions:
-    """Counts of neighbouring tokens: {"about": words, "try": [question, ...], "far": nats a token, "pairs": [[s, t, n], ...]}."""
+    """Counts of neighbouring tokens, {(s, t): n}; try_: three questions; far: nats a token, beyond which one is far."""
 
     def __init__(self, pairs, size, about="", try_=(), far=math.inf):
         self.pairs, self.size, self.about, self.try_, self.far = Counter(pairs), size, about, list(try_), far

@@ -71,7 +71,8 @@ def plot_distributions(answers, path):
         for axes, values, bins in zip(panels, ([len(t.split()) for t in texts], [readability(t)[0] for t in texts]),
                                       (range(0, 34, 2), range(-20, 125, 8))):
             inside = [min(max(value, bins[0]), bins[-1]) for value in values]  # what is beyond counts in the last bin
-            axes.hist(inside, bins=bins, weights=[1 / len(inside)] * len(inside), histtype="step", color=plots.color(folder), label=Path(folder).name)
+            axes.hist(inside, bins=bins, weights=[1 / len(inside)] * len(inside), histtype="step",
+                      color=plots.color(folder), label=Path(folder).name)
     panels[0].set(title="words in an answer", ylabel="share of the answers")
     panels[1].set(title="Flesch reading ease (high is easy)")
     for axes in panels:
