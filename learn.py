@@ -9,8 +9,8 @@
 Yours runs in a process of its own, with limits of time and memory. Where its results are those of a known mistake, on
 three random seeds, the mistake is named; else the smallest case that fails is shown, expected and found.
 
-For teachers: pytest --mine FOLDER checks a folder of files and ends with a score; --seed 7 takes other numbers,
---junitxml report.xml writes a report, -k "gae or whiten" chooses.
+For teachers: pytest --mine=FOLDER checks a folder of files and ends with a score; --seed 7 takes other numbers,
+--junitxml report.xml writes a report, -k "gae or whiten" chooses. python -m course.mutants: do our own tests notice?
 """
 import sys
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ def main(config, script=()):
     """script: what stands behind -- , for use."""
     command, *names = config.words or ["list"]
     if command in ("start", "use", "solution") and len(names) != 1:
-        raise UserError(f"{command} takes one exercise, as in python learn.py {command} dpo_loss: python learn.py lists them")
+        raise UserError(f"{command} takes one exercise, as in python learn.py {command} dpo_loss")
     if script and command != "use":
         raise UserError(f"only use takes a script behind --, {command} does not: leave it out")
     if command == "list":

@@ -19,7 +19,7 @@ import sft
 import trainer
 from checkpoints import load
 from common.errors import UserError
-from common.flags import TrainConfig, parse
+from common.flags import parse
 from common.tables import markdown
 from data.pairs import answered, load_ranked
 from data.tokenizer import get_tokenizer
@@ -30,6 +30,7 @@ from model import token_logps
 from reward import RewardModel, load_rewards, ranking_loss
 
 BETA_DPO, BETA_PPO = dpo.Config.beta, ppo.Config.beta
+RUN = trainer.Run(torch.device("cpu"), torch.float32)  # the same digits wherever it runs
 
 
 def checkpoint(out, name, run):
@@ -174,11 +175,13 @@ def response(out, run):
     deltas = ppo.gae(rewards, values, mask, lam=0.0)[0]  # lambda 0 leaves delta alone
     columns = [x[0, start:].tolist() for x in (logps, ref_logps, rewards, values, deltas, advantages, returns)]
     rows = [[piece, *map(two, numbers)] for piece, *numbers in zip(pieces(tok, reply), *columns)]
-    kl = ppo.kl_k1(logps, ref_logps, mask).item()
+    kl, (_, _, r, v, delta, a, _) = ppo.kl_k1(logps, ref_logps, mask).item(), columns
+    first = [two(x) for x in (r[0], (v + [0.0])[1], v[0], delta[0], (a + [0.0])[1], a[0])]
     table = markdown(["token", "log pi", "log pi_ref", "reward r", "value V", "delta", "A", "return"], rows)
     said = (f"score of the reward model {two(mark)}, beta {BETA_PPO:g}, KL of the response (k1) {two(kl)}: the rewards add up "
             f"to {two(mark)} - {BETA_PPO:g} x {two(kl)} = **{two(mark - BETA_PPO * kl)}**, and so says the column: "
-            f"**{two(rewards.sum().item())}**")
+            f"**{two(rewards.sum().item())}**. The first token: delta = r + V' - V = {first[0]} + {first[1]} - ({first[2]}) = "
+            f"{first[3]}, and A = delta + 0.95 x the A below it = {first[3]} + 0.95 x {first[4]} = {first[5]}")
     return "\n".join([f"Asked: {asked[-1]['content']}", "", f"Answered: {tok.answer(reply)}", "", table, "", said, ""])
 
 
@@ -195,7 +198,7 @@ def main(config):
     for name in config.words or ["conversation"]:
         if name not in EXAMPLES:
             raise UserError(f"there is no example {name!r}: choose among {', '.join(EXAMPLES)}")
-        print(EXAMPLES[name](config.out, trainer.start(TrainConfig(device="cpu", dtype="float32"))))
+        print(EXAMPLES[name](config.out, RUN))
 
 
 if __name__ == "__main__":

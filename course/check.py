@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
-from course.child import GIGABYTES, SECONDS
+from course.child import GIGABYTES
 from course.exercise import agree, close, outcome, tensors
 from course.exercises import EXERCISES
 
@@ -42,26 +42,26 @@ def check(name, folder="my", seed=0):
     seeds = range(seed, seed + SEEDS)
     found = in_its_own_process(file, name, seeds)
     sentence = judge(chosen, found, seeds)
-    note = found.get("printed", "").strip().splitlines()
-    note = f" It also prints ({note[0]:.60}): a loop would print that at every step." if note else ""
-    return Verdict(name, not sentence, (sentence or "right: results and gradients are those of the reference."
-                                        if chosen.grads else sentence or "right: the results are those of the reference.") + note)
+    printed = found.get("printed", "").strip().splitlines()
+    note = f" It also prints ({printed[0]:.60}): a loop would print that at every step." if printed else ""
+    good = f"right: {'results and gradients' if chosen.grads else 'the results'} are those of the reference."
+    return Verdict(name, not sentence, (sentence or good) + note)
 
 
 def in_its_own_process(file, name, seeds):
     """-> what child.run found; where the process ended without a result, a sentence about that."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.pt"
-        command = [sys.executable, "-m", "course.child", str(file.resolve()), name, ",".join(map(str, seeds)), str(result)]
+        words = str(file.resolve()), name, ",".join(map(str, seeds)), str(result)
         try:
-            done = subprocess.run(command, cwd=ROOT, timeout=60 + 3 * SECONDS, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, "-m", "course.child", *words], cwd=ROOT, timeout=120, capture_output=True, text=True)
         except subprocess.TimeoutExpired:
-            return {"error": f"{file.name} was still running long after {SECONDS} seconds and could not be interrupted: is "
-                             "there a loop that never ends?", "outcomes": []}
+            return {"error": f"{file.name} was still running after two minutes and could not be interrupted: "
+                             "is there a loop that never ends?", "outcomes": []}
         if result.is_file():
             return torch.load(result, weights_only=True)
     why = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return {"error": f"{file.name} ended the process (status {done.returncode}, {why:.100}): does it leave by os._exit, or "
+    return {"error": f"{file.name} ended the process (status {done.returncode}, {why:.100}): does it leave by os._exit or "
                      f"take more than {GIGABYTES} GB?", "outcomes": []}
 
 
@@ -76,22 +76,30 @@ def known(chosen_name, seed):
 
 def judge(chosen, found, seeds):
     """What is wrong, in a sentence; "" where nothing is."""
-    if found["error"] and not any(found["outcomes"]):
+    every = [case for of_seed in found["outcomes"] for case in of_seed if case]
+    if not every:
         return found["error"]
-    every = [case for of_seed in found["outcomes"] for case in of_seed]
     changed = sorted({i for case in every for i in case["changed"]})
     if changed:
-        return (f"it changes its argument {names(chosen)[changed[0]]} in place, which whoever called it may still need: "
+        return (f"it changes its argument {names(chosen)[changed[0]]} in place, which the caller may still need: "
                 "make a new tensor (x = x + 1, not x += 1; clone() before writing into one)")
     references = [known(chosen.name, seed) for seed in seeds]
-    for why in chosen.wrongs if not found["error"] else ():
-        if all(all(map(agree, mine, wrongs[why])) for mine, (_, wrongs) in zip(found["outcomes"], references)):
-            return f"this is what comes out when {why}"
+    for why in chosen.wrongs:
+        if all(resembles(mine, wrongs[why], right) for mine, (right, wrongs) in zip(found["outcomes"], references)):
+            return f"this is what comes out when {why}" + (f". And {found['error']}" if found["error"] else "")
     for seed, mine, (right, _) in zip(seeds, found["outcomes"], references):
         for case, a, b in zip(chosen.inputs(seed), mine, right):
+            if a is None:
+                return found["error"]
             if fault := difference(chosen, case, a, b):
                 return fault
-    return found["error"]
+    return ""
+
+
+def resembles(mine, wrong, right):
+    """Does every case that has a result have that of the wrong version, which is not the right one in all of them?"""
+    cases = [case for case in zip(mine, wrong, right) if case[0]]
+    return all(agree(a, b) for a, b, _ in cases) and not all(agree(b, c) for _, b, c in cases)
 
 
 def names(chosen):
@@ -102,6 +110,8 @@ def difference(chosen, case, mine, right):
     """What of one case's outcome is not as it should be, in a sentence or a few lines; "" where all is."""
     if mine["out"].keys() != right["out"].keys() or (mine["kind"] == "a number") != (right["kind"] == "a number") and (
             right["kind"] != "a number"):
+        if mine["kind"] == right["kind"]:
+            return f"it returns {mine['kind']}, but with {', '.join(mine['out'])} in place of {', '.join(right['out'])}"
         cut = ": .item() and float() cut the gradient" if mine["kind"] == "a number" and chosen.grads else ""
         return f"it returns {mine['kind']}, but should return {right['kind']}{cut}"
     for path, expected in right["out"].items():
@@ -116,8 +126,8 @@ def difference(chosen, case, mine, right):
     unreached = [path for path, gradient in right["grads"].items()
                  if gradient is not None and gradient.any() and mine["grads"].get(path) is None]
     if unreached:
-        return (f"the result is right, but no gradient arrives at {argument(chosen, unreached[0])}: .item(), .detach(), "
-                ".tolist(), numpy and torch.tensor(...) cut it")
+        return (f"the result is right, but no gradient arrives at {argument(chosen, unreached[0])}: .item(), "
+                ".detach(), .tolist(), numpy and torch.tensor(...) cut it")
     for path, expected in right["grads"].items():
         got = mine["grads"].get(path)
         expected = torch.zeros_like(got) if expected is None and got is not None else expected
@@ -168,4 +178,6 @@ def shown(value):
 
 
 def rounded(value):
-    return [rounded(x) for x in value] if isinstance(value, list) else f"{value:.4g}" if isinstance(value, float) else value
+    if isinstance(value, list):
+        return [rounded(x) for x in value]
+    return f"{value:.4g}" if isinstance(value, float) else value

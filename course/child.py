@@ -30,8 +30,8 @@ def limit():
         raise TooLong
 
     if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.signal(signal.SIGPROF, stop)  # of computing: a busy machine is not the student's fault
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -57,7 +57,7 @@ def sentence(error, file, doing):
     if isinstance(error, SystemExit):
         return f"{where} calls sys.exit: a function returns its result and leaves the process alone"
     if isinstance(error, TooLong):
-        return f"{where}: still running after {SECONDS} seconds; is there a loop that never ends?"
+        return f"{where}: still running after {SECONDS} seconds of computing; is there a loop that never ends?"
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "allocate memory" in str(error):
         return f"{where} asks for more than {GIGABYTES} GB of memory: which tensor is so large?"
     if isinstance(error, RecursionError):
@@ -82,9 +82,9 @@ def load(file, name):
 
 
 def run(file, name, seeds):
-    """-> {"error": sentence} or {"outcomes": [[outcome of a case, ...] of a seed, ...], "error": "" or a sentence about
-    the case after the last outcome}."""
-    function, outcomes = load(file, name), []
+    """-> {"outcomes": [[outcome of a case, or None where it raised something, ...] of a seed, ...], "error": a sentence
+    about the first of these, or about what ended it all, or ""}."""
+    function, outcomes, first = load(file, name), [], ""
     if isinstance(function, str):
         return {"error": function, "outcomes": []}
     for seed in seeds:
@@ -94,16 +94,20 @@ def run(file, name, seeds):
                 inspect.signature(function).bind(*case)
             except TypeError:
                 wants = EXERCISES[name].text.strip().split(":\n")[0].removeprefix("def ")
-                return {"error": f"{name}{inspect.signature(function)} takes other arguments than {wants}", "outcomes": []}
+                has = f"{name}{inspect.signature(function)}"
+                return {"error": f"{has} takes other arguments than {wants}", "outcomes": []}
             try:
                 outcomes[-1].append(outcome(function, case, EXERCISES[name].grads))
             except NotImplementedError as error:
-                return {"error": f"{file.name}{line_of(error, file)}: not written yet", "outcomes": outcomes}
+                return {"error": f"{file.name}{line_of(error, file)}: not written yet", "outcomes": []}
             except NoResult as error:
-                return {"error": str(error), "outcomes": outcomes}
+                return {"error": str(error), "outcomes": []}
+            except Exception as error:  # the other cases may tell which mistake it is
+                first = first or sentence(error, file, f"case {len(outcomes[-1]) + 1}")
+                outcomes[-1].append(None)
             except BaseException as error:
-                return {"error": sentence(error, file, f"case {len(outcomes[-1]) + 1}"), "outcomes": outcomes}
-    return {"error": "", "outcomes": outcomes}
+                return {"error": sentence(error, file, f"case {len(outcomes[-1]) + 1}"), "outcomes": []}
+    return {"error": first, "outcomes": outcomes}
 
 
 @contextlib.contextmanager
@@ -129,10 +133,13 @@ def main(file, name, seeds, result):
         limit()
         found |= run(Path(file).resolve(), name, list(map(int, seeds.split(","))))
         if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     torch.save(found, result)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        print(__doc__)
+        raise SystemExit(sys.argv[1:] not in (["-h"], ["--help"]))
     torch.set_num_threads(1)
     main(*sys.argv[1:])

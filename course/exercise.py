@@ -1,4 +1,4 @@
-"""What an exercise is, and what a function gives on its cases: results, gradients, and whether two of them are equal."""
+"""What an exercise is, and what a function gives on its cases: results, gradients; are two of them equal?"""
 import re
 from dataclasses import dataclass, field
 from typing import Callable
@@ -66,18 +66,21 @@ class Draw:
 
 
 def parts(value, path):
-    """A tensor, a number, or lists of them -> {path: tensor}. A list of numbers is one tensor. Raises NoResult."""
+    """A tensor, a number, or lists of them -> {path: tensor}. A list of scalars is one tensor. Raises NoResult."""
     if isinstance(value, torch.Tensor):
         return {path: value}
     if isinstance(value, (bool, int, float)):
         return {path: torch.tensor(float(value))}
     if isinstance(value, (list, tuple)):
-        if value and all(isinstance(x, (bool, int, float)) for x in value):
-            return {path: torch.tensor(list(map(float, value)))}
+        scalars = [x for x in value if isinstance(x, (bool, int, float)) or isinstance(x, torch.Tensor) and not x.dim()]
+        if value and len(scalars) == len(value):
+            made = [x if isinstance(x, torch.Tensor) else torch.tensor(float(x)) for x in value]
+            widest = torch.float64 if any(x.dtype == torch.float64 for x in made) else torch.float32
+            return {path: torch.stack([x.to(widest) for x in made])}
         return {key: t for i, x in enumerate(value) for key, t in parts(x, f"{path}[{i}]").items()}
     if value is None and path == "result":
         raise NoResult("it returns None: the body is still empty, or a return is missing")
-    raise NoResult(f"it returns {path.replace('result', '...', 1)} = {value!r:.60}, but results are tensors and numbers")
+    raise NoResult(f"it returns {path.replace('result', '...', 1)} = {value!r:.60}, and not tensors or numbers")
 
 
 def tensors(value, path):

@@ -1,11 +1,11 @@
 """The course's pictures, and the numbers of one run that its lessons quote, from the folders of a chain of stages.
 
     python evaluate.py --story                            the chain: every stage that is missing, in out/
-    python sft.py --mix 0 --out out/sft-no-mix            one stage more: the same without plain text, for lesson 3
     python -m course.figures --out out                    draws docs/figures/*.png and writes docs/course/one_run.md
     python -m course.lessons                              puts the numbers into the lessons
 
-What needs a folder that is not there is said and left as it is; all else is made anew.
+Lesson 3 needs one stage more, fine-tuning without plain text beside it: that one is trained here. What needs a folder
+that is not there is said and left as it is; all else is made anew.
 """
 import datetime
 import json
@@ -21,6 +21,7 @@ import ppo
 import pretrain
 import quant
 import reward
+import sft
 import trainer
 from common import plots
 from common.disk import replacing
@@ -429,9 +430,11 @@ class Config:
 
 def main(config):
     plots.needed("python -m course.figures")
-    run = trainer.start(TrainConfig(device="cpu", dtype="float32"))
+    run = by_hand.RUN
+    if trainer.is_finished(Path(config.out) / "base"):
+        trainer.ensure(f"{config.out}/sft-no-mix", sft, TrainConfig(), run, mix=0.0, init=f"{config.out}/base")
     there = {name for name in (*POLICIES, "reward", "sft-no-mix") if trainer.is_finished(Path(config.out) / name)}
-    absent = sorted({*POLICIES, "reward", "sft-no-mix"} - there)
+    absent = sorted({*POLICIES, "reward"} - there)
     made = {}
     if "reward" in there:
         judge, rows = RewardModel.from_pretrained(Path(config.out) / "reward").to(run.device), held_out_votes()
@@ -451,8 +454,8 @@ def main(config):
             temporary.write_text(page(config.out, run, made), encoding="utf-8")
         print(f"wrote {config.page}; next: python -m course.lessons")
     else:
-        raise UserError(f"not all was drawn, for {config.out} lacks {', '.join(absent)}: python evaluate.py --story; that "
-                        "trains all but sft-no-mix; python sft.py --mix 0 --out out/sft-no-mix trains that one")
+        raise UserError(f"not all was drawn, for {config.out} lacks {', '.join(absent)}: python evaluate.py --story trains "
+                        "what is missing")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Keeps the lessons true: what they quote is copied from where it stands, and a test says when the two differ.
 
-    python -m course.lessons            refreshes every marked place in README.md and docs/course
+    python -m course.lessons            refreshes every marked place in README.md and docs
     python -m course.lessons --check    changes nothing; says what is out of date and what is named but not there
 
 Marks are comments of Markdown, so a reader sees only what stands between them:
@@ -35,7 +35,7 @@ NUMBER = re.compile(rf"(<!-- n: ([^>]+?) @ ([^>]+?) -->).*?({END})", re.DOTALL)
 
 
 def pages():
-    return [ROOT / "README.md", ROOT / "docs" / "course.md", *sorted((ROOT / "docs" / "course").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def read(path):

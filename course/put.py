@@ -8,7 +8,7 @@ from kernels import nf4
 
 
 def put(places):
-    """{place, such as dpo.dpo_loss or model.Cache.extend: what takes its place} -> a list that grows with every call."""
+    """{place, such as dpo.dpo_loss or model.Cache.extend: what takes its place} -> a list, longer with every call."""
     calls = []
     for place, new in places.items():
         owner, _, name = place.rpartition(".")
@@ -24,7 +24,7 @@ def put(places):
 
 
 def counted(new, old, calls):
-    """new, with its calls counted. Within it `old` is called: a student's cross_entropy may be made of F.cross_entropy."""
+    """new, with its calls counted. Within it `old` is called: a cross_entropy may be made of F.cross_entropy."""
     within = []
 
     @functools.wraps(old, updated=())

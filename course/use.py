@@ -4,6 +4,7 @@
 """
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,8 +80,9 @@ def use(name, command, folder="my"):
 
 
 def start(arguments):
-    status = subprocess.run([sys.executable, "-m", "course.use", *arguments]).returncode
-    if status:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # out/ is in the present folder
+    command = [sys.executable, "-m", "course.use", *arguments]
+    if subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode:
         raise UserError("the run has stopped, so there is nothing to compare")
 
 
@@ -104,7 +106,8 @@ def run(name, file, script, *argv):
     except Exception as error:
         if where := line_of(error, Path(file)):
             raise UserError(f"{Path(file).name}{where}: {said(error)}")
-        raise
+        raise UserError(f"{script} cannot go on with what {name} has given it ({said(error)}): python learn.py check {name} "
+                        "says what is wrong")
     print(f"\n{name} was called {len(calls):,} times" + ("" if calls else ": this run does not need it"))
 
 

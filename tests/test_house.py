@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # a file imports from floors below, and within its own folder without going in a circle
     ["common", "kernels"], ["data", "model", "trainer", "island.words"], ["island.told"], ["island.kinds"],
     ["llama", "quant", "island.world"], ["lora"], ["checkpoints"], ["generate"], ["island.exam", "island.vocabulary", "island.dirty"], ["island.__main__", "pretrain"], ["sft"], ["reward", "dpo"],
-    ["ppo"], ["evals"], ["course"], ["chat", "evaluate", "bench", "learn"]]
+    ["ppo"], ["evals"], ["course"], ["chat", "evaluate", "bench", "learn", "conftest"]]
 FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] != "tests"
          and not any(part.startswith(".") or part in ("venv", "out", "my") for part in path.relative_to(ROOT).parts)]
 

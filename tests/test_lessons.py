@@ -10,10 +10,9 @@ from course import by_hand, figures, lessons
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from reward import RewardModel
-from trainer import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN = Run(torch.device("cpu"), torch.float32)
+RUN = by_hand.RUN
 
 
 def test_every_lesson_says_what_the_code_and_the_tables_say_and_names_what_exists():
@@ -143,7 +142,7 @@ def test_every_picture_is_small_and_shown_somewhere():
 
 def test_pictures_without_a_chain_are_the_diagrams_and_what_is_missing_is_said(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    with pytest.raises(UserError, match="lacks base, dpo, ppo, ppo-no-penalty, reward, sft, sft-community, sft-no-mix: python"):
+    with pytest.raises(UserError, match="lacks base, dpo, ppo, ppo-no-penalty, reward, sft, sft-community: python"):
         figures.main(figures.Config(out=str(tmp_path), figures=str(tmp_path / "figures"), page=str(tmp_path / "page.md")))
     assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == {"four_models", "network", "mask", "clip"}
     assert not (tmp_path / "page.md").exists()

@@ -30,6 +30,25 @@ def test_causal_and_all_positions():
     assert not torch.allclose(a[:, 6:], b[:, 6:])
 
 
+def test_a_block_by_hand():
+    block, x = tiny().double().blocks[0], 3e-3 * torch.randn(2, 5, 16).double()  # so small that a norm's eps counts
+
+    def norm(x, layer):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / ((centred ** 2).mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight + layer.bias
+
+    def attention(x):
+        q, k, v = block.attn.c_attn(x).view(2, 5, 3, 2, 8).unbind(2)  # (B, T, heads, head size)
+        y = torch.zeros_like(q)
+        for t in range(5):
+            scores = torch.stack([(q[:, t] * k[:, s]).sum(-1) / 8 ** 0.5 for s in range(t + 1)], dim=-1)
+            y[:, t] = (scores.softmax(-1)[..., None] * v[:, :t + 1].transpose(1, 2)).sum(2)
+        return block.attn.c_proj(y.flatten(2))
+
+    middle = x + attention(norm(x, block.ln_1))
+    assert torch.allclose(block(x), middle + block.mlp(norm(middle, block.ln_2)), rtol=0, atol=1e-9)
+
+
 def test_initialisation_is_gpt2s():
     model = GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128))
     assert model.blocks[0].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
@@ -178,6 +197,16 @@ def test_sampling_follows_the_softmax_at_the_temperature():
         assert torch.allclose(frequencies(logits, temperature=temperature), expected, atol=0.015), \
             "logits are divided by it"
     assert frequencies(logits)[3] == 0
+
+
+def test_logits_far_from_zero_and_from_each_other_are_sampled_as_they_should():
+    logits = torch.tensor([[0.0, 1000.0], [-1000.0, -1000.0]]).repeat(5000, 1)
+    far, even = sample(logits, 1.0, 1.0, 0, torch.Generator().manual_seed(0)).view(-1, 2).unbind(1)
+    assert bool((far == 1).all()) and even.float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_top_p_that_is_reached_exactly_keeps_no_token_more():
+    assert torch.equal(generating.nucleus(torch.tensor([[0.375, 0.5, 0.125]]), 0.5), torch.tensor([[0.0, 0.5, 0.0]]))
 
 
 def test_top_k_and_top_p_keep_what_they_should():

@@ -324,6 +324,10 @@ def test_accuracy_over_pairs_and_over_questions():
     assert math.isnan(micro) and math.isnan(macro) and n == 0  # 0 % would be a bad model
 
 
+def test_in_the_calibration_nobody_is_right_about_equal_scores():
+    assert reward.calibration([{"answers": [{"score": 1}, {"score": 0}]}], [[2.0, 2.0]], bins=1) == [(1, 0.5, 0.0)]
+
+
 def test_calibration_recovers_a_model_that_is_calibrated():
     rng, rows, scores = random.Random(0), [], []
     for _ in range(20_000):

@@ -59,6 +59,10 @@ def test_masked_loss_is_the_mean_over_the_mask():
     assert sft.masked_loss(low, targets, mask).item() == sft.masked_loss(low.float(), targets, mask).item(), "rounded to bfloat16"
 
 
+def test_a_token_of_next_to_no_probability_costs_its_logit_and_not_infinity():
+    assert sft.masked_loss(torch.tensor([[200.0, 0.0]]), torch.tensor([1])).item() == pytest.approx(200.0)
+
+
 def test_masked_loss_gradient_is_softmax_minus_one_hot_and_exactly_zero_elsewhere():
     torch.manual_seed(0)
     logits = torch.randn(2, 4, 5, requires_grad=True)

@@ -144,6 +144,18 @@ def test_muon_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
 
 
+def test_two_steps_of_adamw_by_hand():
+    model = torch.nn.Linear(2, 1, bias=False)
+    p, m, v = model.weight.detach().clone(), 0.0, 0.0
+    optimizer = trainer.adamw(model, TrainConfig(lr=0.1, beta1=0.8, beta2=0.9, eps=0.05, weight_decay=0.3))
+    for t, grad in enumerate((torch.tensor([[0.2, -0.1]]), torch.tensor([[0.1, 0.3]])), 1):
+        model.weight.grad = grad
+        optimizer.step()
+        m, v = 0.8 * m + 0.2 * grad, 0.9 * v + 0.1 * grad ** 2
+        p = p - 0.1 * (m / (1 - 0.8 ** t) / ((v / (1 - 0.9 ** t)).sqrt() + 0.05) + 0.3 * p)
+        assert torch.allclose(model.weight, p, atol=1e-6)
+
+
 def test_learning_rate_at_hand_worked_steps():
     config = TrainConfig(lr=3.0, min_lr=0.1, warmup=3)
 

@@ -1,5 +1,5 @@
 """All exercises, in the order of the course."""
-from course.exercises import adapters, conversations, language, preferences, reinforcement, rewards
+from course.exercises import adapters, conversations, language, llamas, preferences, reinforcement, rewards
 
-CHAPTERS = (language, conversations, adapters, rewards, preferences, reinforcement)
+CHAPTERS = (language, llamas, conversations, adapters, rewards, preferences, reinforcement)
 EXERCISES = {exercise.name: exercise for chapter in CHAPTERS for exercise in chapter.EXERCISES}

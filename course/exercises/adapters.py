@@ -80,10 +80,8 @@ def of_merge(W, A, B, alpha):
 
 def put_lora_merge(f):
     def full(layer, how):
-        if not isinstance(layer, LoRALinear):
+        if not isinstance(layer, LoRALinear) or how == "simple" or layer.rslora:
             return merged_weight(layer, how)
-        if how == "simple" or layer.rslora:
-            raise UserError("lora_merge as you wrote it is the careful merge, without rslora")
         return f(weight_of(layer.frozen).detach(), layer.lora_A.detach(), layer.lora_B.detach(), layer.alpha)
 
     return {"lora.merged_weight": full}
@@ -167,7 +165,8 @@ def absmax(weight, block):
             blocks_of(w, block) / blocks_of(w, block).abs().amax(1)[:, None], blocks_of(w, block).abs().amax(1)),
         "the scale is the standard deviation, and scaled leaves -1 ... 1":
             lambda w, block: absmax_by(w, block, lambda x: x.std(1)),
-        "the scale is the mean size and not the largest": lambda w, block: absmax_by(w, block, lambda x: x.abs().mean(1)),
+        "the scale is the mean size and not the largest":
+            lambda w, block: absmax_by(w, block, lambda x: x.abs().mean(1)),
         "absmax is returned as its reciprocal": lambda w, block: (
             absmax_by(w, block, lambda x: x.abs().amax(1))[0], 1 / blocks_of(w, block).abs().amax(1).clamp(min=1e-38)),
     },
@@ -213,7 +212,8 @@ def nf4_quantize(weight, codebook, block):
     reference=lambda weight, codebook, block: quant.quantize(weight, block), doubles=False, shows=(quant.quantize,),
     cases=lambda draw: [[draw(n), CODEBOOK.clone(), block] for n, block in ((2, 2), (8, 4), (256, 64))],
     wrongs={
-        "the two codes of a byte are exchanged": lambda *x: nf4_by(*x, pack=lambda codes: packed(codes.view(-1, 2).flip(1))),
+        "the two codes of a byte are exchanged":
+            lambda *x: nf4_by(*x, pack=lambda codes: packed(codes.view(-1, 2).flip(1))),
         "the level below is taken and not the nearest": lambda *x: nf4_by(
             *x, code=lambda w, levels: (w[:, None] >= levels).sum(1).clamp(min=1) - 1),
         "the codes are those of 16 levels at equal distances, not of the codebook": lambda *x: nf4_by(
@@ -261,7 +261,8 @@ def nf4_dequantize(packed, absmax, codebook, block):
     wrongs={
         "the two codes of a byte are exchanged": lambda packed, size, levels, block:
             levels[unpack(packed, swap=True)] * size.repeat_interleave(block),
-        "the absmax are repeated as a row: entry i gets the scale of block i % blocks": lambda packed, size, levels, block:
+        "the absmax are repeated as a row: entry i gets the scale of block i % blocks":
+            lambda packed, size, levels, block:
             levels[unpack(packed)] * size.repeat(block),
         "absmax is left out": lambda packed, size, levels, block: levels[unpack(packed)],
         "all first codes come before all second ones": lambda packed, size, levels, block:

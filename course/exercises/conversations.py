@@ -13,7 +13,7 @@ from sft import sft_step
 
 TOK = get_tokenizer("tiny", "chat")
 START, END = TOK.end_of_text, TOK.end
-HEADERS = [[role, TOK.special[TOK.template.headers[role]]] for role in ("system", "user", "assistant")]
+HEADERS = {role: TOK.special[TOK.template.headers[role]] for role in ("system", "user", "assistant")}
 
 # ---- the mask --------------------------------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ def conversations(draw):
 
 def mask_by(messages, headers, start, end, role="assistant", header=False, closing=True, only_last=False, text=True):
     """What a renderer gives that learns these parts of the messages."""
-    ids, mask, headers = [start], [0], dict(headers)
+    ids, mask = [start], [0]
     last = max(i for i, (who, _) in enumerate(messages) if who == "assistant")
     for i, (who, words) in enumerate(messages):
         learned = int((role is None or who == role) and not (only_last and i != last))
@@ -52,9 +52,9 @@ def put_conversation_mask(f):
                             "--template and --with search")
         if any("loss_weight" in m for m in messages):
             raise UserError("conversation_mask as you wrote it has no loss_weight: use rows without it")
-        headers = [[role, self.special[self.template.headers[role]]] for role in ("system", "user", "assistant")]
+        headers = {role: self.special[self.template.headers[role]] for role in ("system", "user", "assistant")}
         known = [[m["role"], self.encode(self.template.lead + m["content"])] for m in messages]
-        ids, mask = f(known, headers, self.end_of_text, self.end)
+        ids, mask = f(known, headers, self.end_of_text, self.special["<|end|>"])
         return list(map(int, ids)), list(map(int, mask))
 
     return {"data.tokenizer.Tokenizer.render": render}
@@ -65,7 +65,7 @@ conversation_mask = Exercise(
 def conversation_mask(messages, headers, start, end):
     """A conversation as ids, and which of them the model must learn to produce.
 
-    messages: [[role, ids of its text], ...]; headers: [[role, id], ...]; start, end: ids.
+    messages: [[role, ids of its text], ...]; headers: {role: id}; start, end: ids.
     -> (ids, mask), two lists of the same length. ids: start, then for every message its header, its text and end.
 
         mask[i] = 1 where the assistant must produce ids[i], else 0      (Touvron et al. 2023, Llama 2, section 3.1)
@@ -173,8 +173,10 @@ def put_accumulate(f):
         batches = trainer.micro_batches(run.share(examples), config.micro_tokens, run.device)
         with run.autocast():
             losses = f([[-token_logps(model, ids, mask), mask[:, 1:].float()] for ids, mask in batches])
-        sum(losses).backward()
-        return sum(losses).item()
+        learned, all = (sum(sum(mask[1:]) for _, mask in rows) for rows in (run.share(examples), examples))
+        loss = sum(losses) * learned / max(1, all)  # of several processes each knows its own rows only
+        loss.backward()
+        return loss.item()
 
     return {"sft.sft_step": step}
 
@@ -227,8 +229,16 @@ def schedule(step, steps, warmup, lr, min_lr, rise=None, progress=None, floor=No
     return lr * (min_lr + (1 - min_lr) * shape) if floor is None else floor(lr, min_lr, shape)
 
 
+ours_rate = trainer.learning_rate
+
+
 def put_lr_schedule(f):
-    return {"trainer.learning_rate": lambda step, steps, config: f(step, steps, config.warmup, config.lr, config.min_lr)}
+    def full(step, steps, config):
+        if config.schedule != "cosine":
+            return ours_rate(step, steps, config)
+        return f(step, steps, config.warmup, config.lr, config.min_lr)
+
+    return {"trainer.learning_rate": full}
 
 
 lr_schedule = Exercise(
@@ -250,6 +260,7 @@ def lr_schedule(step, steps, warmup, lr, min_lr):
         (0, 10, 4), (3, 10, 4), (4, 10, 4), (7, 10, 4), (9, 10, 4), (0, 5, 0), (2, 3, 2), (10 + int(draw.ints(80, 1)), 100, 10))],
     wrongs={
         "the first step has the rate 0 and is lost: step / warmup": lambda *x: schedule(*x, rise=lambda s, w: s / w),
+        "there is no rise: the first steps have the highest rate": lambda *x: schedule(*x, rise=lambda s, w: 1.0),
         "the fall is counted from step 0 and not from the end of the rise":
             lambda *x: schedule(*x, progress=lambda s, n, w: s / max(1, n - 1)),
         "the last step has not arrived: steps in place of steps - 1":

@@ -96,7 +96,8 @@ def cross_entropy(logits, targets):
         "the logarithm is taken of a probability that was rounded to 0: use logsumexp":
             lambda x, t: -of_target(x.softmax(-1), t).log().mean(),
         "the probability stands where its logarithm should": lambda x, t: -of_target(x.softmax(-1), t).mean(),
-        "softmax runs over the positions and not over the vocabulary": lambda x, t: -of_target(x.log_softmax(0), t).mean(),
+        "softmax runs over the positions and not over the vocabulary":
+            lambda x, t: -of_target(x.log_softmax(0), t).mean(),
     },
     put=put_cross_entropy, scripts=("pretrain.py", "sft.py", "dpo.py", "ppo.py"), tests="tests/test_sft.py")
 
@@ -209,7 +210,8 @@ def layer_norm(x, weight, bias, eps):
             x, w, b, x.var(-1, keepdim=True, unbiased=False), eps, lambda variance, eps: variance + eps),
         "mean and variance are those of the whole batch": lambda x, w, b, eps:
             (x - x.mean()) / (x.var(unbiased=False) + eps).sqrt() * w + b,
-        "gain and offset are left out": lambda x, w, b, eps: torch.nn.functional.layer_norm(x, w.shape, None, None, eps),
+        "gain and offset are left out":
+            lambda x, w, b, eps: torch.nn.functional.layer_norm(x, w.shape, None, None, eps),
     },
     put=put_layer_norm, scripts=("pretrain.py", "sft.py", "reward.py", "dpo.py", "ppo.py"), tests="tests/test_model.py")
 
@@ -273,7 +275,8 @@ def kv_cache(keys, values, k, v, cursor):
             lambda *x: cache_by(*x, seen=lambda c, cursor: c <= cursor.max()),
         "the whole room is seen, what nobody has written included":
             lambda *x: cache_by(*x, seen=lambda c, cursor: c >= 0),
-        "the token is written one column too late": lambda *x: cache_by(*x, column=(x[4] + 1).clamp(max=x[0].size(2) - 1)),
+        "the token is written one column too late":
+            lambda *x: cache_by(*x, column=(x[4] + 1).clamp(max=x[0].size(2) - 1)),
         "keys and values are exchanged": lambda keys, values, k, v, cursor: cache_by(keys, values, v, k, cursor),
     },
     put=put_kv_cache, scripts=("generate.py", "sft.py", "dpo.py", "ppo.py"), tests="tests/test_model.py")
@@ -305,8 +308,10 @@ def top_p(probs, p):
 ''',
     reference=nucleus, cases=top_p_cases,
     wrongs={
-        "the token that crosses p is dropped: what stays has less than p, and a confident row loses everything":
+        "the token that reaches p is dropped (sum < p): what stays has less than p, and a confident row loses everything":
             lambda probs, p: cut(probs, lambda x, total: total < p),
+        "the token that crosses p is dropped (sum <= p): what stays has p at most, and a confident row loses everything":
+            lambda probs, p: cut(probs, lambda x, total: total <= p),
         "all tokens stay up to p, and one more, even where p is reached exactly":
             lambda probs, p: cut(probs, lambda x, total: total - x <= p),
         "p is taken as the smallest probability that stays": lambda probs, p: probs * (probs >= p),

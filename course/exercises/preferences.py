@@ -55,7 +55,8 @@ def answer_logps(logits, ids, mask):
     wrongs={
         "nothing is shifted: the logits of a token that was read already are asked for that token":
             lambda x, ids, m: (logps_at(x, ids) * m).sum(1),
-        "the mask is not shifted along with the tokens": lambda x, ids, m: (logps_at(x[:, :-1], ids[:, 1:]) * m[:, :-1]).sum(1),
+        "the mask is not shifted along with the tokens":
+            lambda x, ids, m: (logps_at(x[:, :-1], ids[:, 1:]) * m[:, :-1]).sum(1),
         "the mask is left out: question and padding count": lambda x, ids, m: logps_at(x[:, :-1], ids[:, 1:]).sum(1),
         "the average is taken and not the sum: that is for IPO":
             lambda x, ids, m: (logps_at(x[:, :-1], ids[:, 1:]) * m[:, 1:]).sum(1) / m[:, 1:].sum(1),
@@ -132,6 +133,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     put=lambda f: put_preference(f, "dpo_loss"), needs=SETTINGS, scripts=("dpo.py",), tests="tests/test_dpo.py")
 
 
+@torch.enable_grad()  # within ByHand.forward it is off
 def by_autograd(pw, pl, rw, rl, beta):
     pw, pl = pw.clone().requires_grad_(), pl.clone().requires_grad_()
     return torch.autograd.grad(ours(pw, pl, rw, rl, beta)[0], (pw, pl))
@@ -178,7 +180,8 @@ def dpo_gradient(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, r
             lambda *x: both(x[4] * torch.sigmoid(x[4] * h_of(*x[:4])) / len(x[0])),
         "the mean is forgotten: the gradient is not divided by B":
             lambda *x: both(x[4] * torch.sigmoid(-x[4] * h_of(*x[:4]))),
-        "beta before the sigmoid is forgotten: the inner derivative": lambda *x: both(torch.sigmoid(-x[4] * h_of(*x[:4])) / len(x[0])),
+        "beta before the sigmoid is forgotten: the inner derivative":
+            lambda *x: both(torch.sigmoid(-x[4] * h_of(*x[:4])) / len(x[0])),
         "the signs are exchanged: a step would go uphill": lambda *x: gradient_shown(*x)[::-1],
         "both answers are pushed the same way": lambda *x: (gradient_shown(*x)[0], gradient_shown(*x)[0]),
         "the reference is forgotten": lambda pw, pl, rw, rl, beta: gradient_shown(pw, pl, 0 * rw, 0 * rl, beta),

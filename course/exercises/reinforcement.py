@@ -95,9 +95,12 @@ def gae(rewards, values, mask, gamma, lam):
     wrongs={
         "V_{t+1} after the last token is what the value model says of padding: nothing comes after the end":
             lambda r, v, m, gamma, lam: gae_by(r, v, m, gamma, lam, clean=False),
+        "the mask is left out: prompt and padding have advantages too, and what they have runs into the response":
+            lambda r, v, m, gamma, lam: gae_by(r, v, torch.ones_like(m), gamma, lam),
         "V_t stands where V_{t+1} should: delta knows nothing of the next state":
             lambda *x: gae_by(*x, next_value=lambda v: v),
-        "lam is forgotten: every advantage is the whole rest of the response": lambda *x: gae_by(*x, fade=lambda g, l: g),
+        "lam is forgotten: every advantage is the whole rest of the response":
+            lambda *x: gae_by(*x, fade=lambda g, l: g),
         "gamma lam A_{t+1} is forgotten: only delta is left": lambda *x: gae_by(*x, fade=lambda g, l: 0.0),
         "gamma is forgotten in the sum of the deltas": lambda *x: gae_by(*x, fade=lambda g, l: l),
         "V_t is not subtracted: these are returns and no advantages": lambda *x: gae_by(*x, minus=False),
