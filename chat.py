@@ -5,6 +5,7 @@ format (data/tokenizer.py), the model continues where the assistant begins, toke
 question and answer join the turns. That text is all its memory. Where the model's context is full, the oldest turns go.
 
     python chat.py                                  talks to the newest of out/ppo, out/dpo, out/sft
+    python chat.py --tokens                         shows what training masks, and how sure it is of every token
     python chat.py out/sft out/ppo                  the same question to each, answers one under the other
     echo "Who are you?" | python chat.py out/sft    each line of a pipe is a question; only answers are printed
     python chat.py out/sft --file questions.jsonl --out answers.jsonl    a whole file; the same command again goes on
@@ -31,21 +32,25 @@ from typing import Annotated
 
 from common.errors import UserError, visible
 
+import torch
 from tqdm import tqdm
 
 import trainer
 from checkpoints import load, refuse_reward_model
 from data import files
 from island.world import Island, says
+from data.questions import Questions
 from data.tokenizer import get_tokenizer
 from common.disk import Ledger, write_jsonl
 from common.flags import Amount, Bounds, Count, DType, Positive, Probability, Seed, Template, parse
 from generate import fit_question, generate, stream
+from model import token_logps
 from quant import freeze
 from reward import load_rewards
 
 STAGES = ("out/ppo", "out/dpo", "out/sft")
 REWARD = "out/reward"
+COLORS = {32: 0.9, 33: 0.5, 35: 0.1, 31: 0}  # of a terminal, and the least probability of a token that has it
 COMMANDS = {"/reset": "begins a new conversation",
             "/system TEXT": "begins a new conversation with this system prompt (no TEXT: with none)",
             "/marks": "shows or hides what the island's judge and the reward model say about each answer",
@@ -71,6 +76,7 @@ class Speaker:
             raise UserError(f"{folder}: its tokenizer has {self.tok.vocab_size:,} tokens, but the model knows "
                             f"{self.model.config.vocab_size:,}: the two are not of one checkpoint")
         self.chats = not self.tok.new_ids  # a base model: nobody has trained the tokens that the chat format needs
+        self.questions = Questions.load(folder) if self.chats else None
         self.sampling = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
                              top_k=config.top_k, stop=self.tok.stops)
         self.reset()
@@ -80,6 +86,17 @@ class Speaker:
 
     def reset(self):
         self.turns, self.forgets = [], False
+
+    def introduce(self):
+        """What it has learned from, and three questions to begin with."""
+        if self.questions:
+            note(f"{self.folder} learned from {visible(self.questions.about)}; try\n"
+                 + "\n".join(f"   {' '.join(visible(text).split())[:200]}" for text in self.questions.try_))
+
+    def filled(self, system):
+        """How much of the context the conversation takes so far -> tokens, of how many."""
+        messages = with_system(self.turns, system) if self.turns else []
+        return len(self.tok.render(messages)[0]) if messages and self.chats else 0, self.model.config.block_size
 
     def text(self, ids):
         """New ids -> the answer. A base model's text begins with a space, or in the middle of a word."""
@@ -104,6 +121,8 @@ class Speaker:
             note(f"the conversation fills the context of {self.folder}, {self.model.config.block_size} tokens: "
                  "from here on the oldest turns are forgotten")
             self.forgets = True
+        if self.questions and self.questions.is_far(self.tok, messages[-1]["content"]):
+            note(f"that is far from anything {self.folder} was asked in training: expect nothing of the answer")
         if cut:
             note(f"that is too long for {self.folder} by {cut} tokens: it reads the end only")
         new, shown = [], ""
@@ -120,10 +139,26 @@ class Speaker:
                 raise
         text = self.text(new)
         show(text[len(shown):] + "\n")
+        if self.config.tokens and new:
+            print(self.coloured(ids, new), flush=True)
         if text:  # a question that was stopped before its answer began is not remembered
             turns, memory = [m for m in read if m["role"] != "system"] + [says("assistant", text)], self.config.memory
             self.turns = turns[-2 * memory:] if memory > 0 else turns if memory else []
         return read, text
+
+    @torch.inference_mode()
+    def coloured(self, ids, new):
+        """A prompt's ids, and the new ones -> their text: what training masks in grey, the answer's tokens by their
+        probability."""
+        with self.run.autocast():
+            row = torch.tensor([ids + new], device=self.run.device)
+            mask = torch.tensor([[0] * len(ids) + [1] * len(new)], device=self.run.device)
+            probs = token_logps(self.model, row, mask)[0, len(ids) - 1:].exp().tolist()
+        text = self.tok.show(ids, [0] * len(ids))
+        for token, p in zip(new, probs):
+            color = next(color for color, least in COLORS.items() if p >= least)
+            text += f"\033[{color}m{self.tok.piece(token)}\033[0m"
+        return text + "\n" + " ".join(f"\033[{color}mp \u2265 {least:g}\033[0m" for color, least in COLORS.items())
 
     def replies(self, prompts, seed):
         """Prompts (lists of ids) -> the answers' texts, all at once."""
@@ -175,6 +210,12 @@ class Chat:
             if self.island:
                 print(f"{visible(self.marks(read, answer))}\n", flush=True)
 
+    def prompt(self):
+        """What stands before a line that is typed: how full the fullest context is."""
+        every = [speaker.filled(self.system) for speaker in self.speakers]
+        used, size = max(every, key=lambda found: found[0] / found[1])
+        return f"[{used} of {size} tokens] > " if used else "> "
+
     def toggle_marks(self):
         if self.island:
             self.island = None
@@ -201,13 +242,13 @@ def with_system(messages, system):
     return messages if not system or messages[0]["role"] == "system" else [says("system", system)] + messages
 
 
-def typed():
-    """The lines typed at a terminal, until Ctrl-D or Ctrl-C."""
+def typed(prompt):
+    """The lines typed at a terminal, until Ctrl-D or Ctrl-C; prompt() stands before each."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  imported, it gives input() a history and the arrow keys
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            yield input("> ")
+            yield input(prompt())
     print()
 
 
@@ -217,9 +258,11 @@ def converse(speakers, config, run):
     chat = Chat(speakers, config, run, terminal)
     names = " ".join(speaker.folder for speaker in speakers)
     if terminal:
+        for speaker in speakers:
+            speaker.introduce()
         note(f"talking to {names}; /reset begins a new conversation, /help lists the commands, Ctrl-D ends")
     try:
-        for line in typed() if terminal else sys.stdin:
+        for line in typed(chat.prompt) if terminal else sys.stdin:
             if not chat.hear(line):
                 break
     except KeyboardInterrupt:
@@ -316,6 +359,7 @@ class Config:
     top_p: Probability = 0.9  # sample from the fewest tokens that reach this probability together; 1: from all
     top_k: Count = 0  # sample from this many of the likeliest tokens; 0: from all
     max_new_tokens: Positive = 256  # longest answer; a conversation always keeps half the context
+    tokens: bool = False  # shows the tokens: what training masks in grey, the answer's coloured by their probability
     memory: Annotated[int, Bounds(-1, 10 ** 9)] = -1  # earlier questions that it is shown with their answers; -1: as many as fit, 0: none
     reward: str = ""  # shows marks from the start: a reward model, or 0.7*out/a+0.3*out/b; empty: out/reward at /marks
     file: str = ""  # answer this file's questions (any shape that `python -m data.files FILE --want prompts` reads)

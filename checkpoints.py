@@ -21,8 +21,9 @@ import lora
 import trainer
 from common import hub
 from common.disk import settle, together, write_json
-from common.errors import UserError
+from common.errors import UserError, no_command
 from common.flags import dropout_of
+from data.questions import Questions
 from data.tokenizer import get_tokenizer
 from model import GPT, resize_vocab
 from quant import NF4Linear, freeze
@@ -127,6 +128,8 @@ def save_model(config, model, tok, extra=None):
         else:
             model.save_pretrained(folder, extra)
         tok.save(folder)
+        if questions := Questions.load(config.init) if config.init else None:
+            questions.save(folder)  # until the script counts its own
 
 
 # ---- a reward model's head -------------------------------------------------------------------------------------------
@@ -223,7 +226,7 @@ def save_adapter(model, folder, base_name, extra=None):
               "fan_in_fan_out": model.hf_names()[f"{path}.weight"][1],  # stored as (in, out), as GPT-2's Conv1D is
               "trainable_token_indices": tokens and {name.split(".")[-3]: tokens for name in token_rows(model)},
               "inference_mode": True, "init_lora_weights": True,
-              "nanoalign_nf4": {"block": nf4[0].block, "double": nf4[0].scale is not None} if nf4 else None,
+              "nanoalign_nf4": {"block": nf4[0].block, "double": nf4[0].double} if nf4 else None,
               "nanoalign_extra": sorted(extra or {})}
     tensors = peft_parameters(model) | (extra or {})
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -376,3 +379,7 @@ def named_base(folder):
         return name.removeprefix("openai-community/")
     raise UserError(f"the adapter {folder} is of {name}, but there is no folder {name} and no folder {beside}: "
                     f"put the base there, or name it with python lora.py --base FOLDER --adapter {folder} --out MERGED")
+
+
+if __name__ == "__main__":
+    no_command(__doc__)

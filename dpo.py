@@ -282,11 +282,17 @@ def report(model, tok, held, before, island, config, run):
             run.print(exam.line(name, before[name], after))
         if config.flattery and config.aspect == "score":
             run.print("the voters like praise, whether the answer is right or not: so it comes too, and length with it")
+    data = f" --data {config.data}" if config.data else ""
     run.print(f"\nthe model is in {config.out}. Next:\n"
-              f"   python evaluate.py {config.init} {config.out}    what it gained and what it cost, with intervals\n"
-              f"   python dpo.py --flattery 0 --out out/dpo-fair    voters who do not fall for praise\n"
-              f"   python dpo.py --beta 0.1 --out out/dpo-far       further from the reference: what gives way first?\n"
-              f"   python ppo.py                                    the same votes through a reward model")
+              f"   python chat.py {config.init} {config.out}    the same question to both\n"
+              f"   python evaluate.py {config.init} {config.out}{data}    what it gained and what it cost, with intervals\n"
+              f"   python -m common.plots {config.out}    its log as a picture")
+    if island:
+        run.print("   python dpo.py --flattery 0 --out out/dpo-fair    voters who do not fall for praise\n"
+                  "   python dpo.py --beta 0.1 --out out/dpo-far       further from the reference: what gives way first?\n"
+                  "   python ppo.py                                    the same votes through a reward model")
+    else:
+        run.print(f"   python reward.py{data} --init {config.init}    the same votes as a reward model")
 
 
 if __name__ == "__main__":

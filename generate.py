@@ -106,10 +106,11 @@ def sample(logits, temperature, top_p, top_k, generator):
     probs = logits.softmax(dim=1)
     if top_p < 1:
         probs = nucleus(probs, top_p)
-    # inverse of the cumulative distribution: one random number per row where torch.multinomial draws one per token;
-    # float64, so that rounding cannot pick a token of probability 0 at the end
-    cumulative = probs.double().cumsum(dim=1)
-    u = torch.rand(len(probs), 1, generator=generator, device=probs.device, dtype=torch.float64)
+    # inverse of the cumulative distribution: one random number per row where torch.multinomial draws one per token; a
+    # token of probability 0 adds nothing and is never the first beyond u
+    widest = trainer.widest(probs.device)
+    cumulative = probs.to(widest).cumsum(dim=1)
+    u = torch.rand(len(probs), 1, generator=generator, device=probs.device, dtype=widest)
     return torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(1)
 
 

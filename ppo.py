@@ -39,6 +39,7 @@ import sft
 import trainer
 from checkpoints import frozen_as, load, load_init, save_model
 from common import plots
+from common.disk import write_jsonl
 from common.flags import Amount, Count, Number, Positive, Share, TrainConfig, parse
 from data import files
 from data.readability import readability
@@ -303,7 +304,7 @@ def check_ratio(logps, old_logps, mask, step, run):
 # ---- from start to end -----------------------------------------------------------------------------------------------
 
 # what must be there before; what a run costs (common/waits.py)
-NEEDS, COSTS = {"init": (sft, {"answers": "community"}), "reward": (reward_model, {})}, (1.2, 50, 12)
+NEEDS, COSTS = {"init": (sft, {"answers": "community"}), "reward": (reward_model, {})}, (1.4, 50, 12)
 
 
 @dataclass
@@ -344,6 +345,7 @@ class Config(TrainConfig):
     mix_data: str = ""  # plain text for --mix; empty: the island's, where --data is empty too
     mix_rows: Positive = 4  # contexts of plain text in each update
     sample_every: Count = 10  # steps between printed responses
+    watch_every: Count = 5  # the island: steps between answers to five questions, kept in watched.jsonl; 0: never
 
 
 def load_prompts(config, tok, block_size, say):
@@ -361,6 +363,9 @@ def load_prompts(config, tok, block_size, say):
     if len(kept) < len(ids):
         say(f"{len(ids) - len(kept):,} of {len(ids):,} questions dropped: with {config.max_new_tokens} new tokens they "
             f"are longer than the context of {block_size}")
+    if config.data and kept:
+        files.enough(len(kept), len(ids), block_size - config.max_new_tokens,
+                     "lower --max-new-tokens, or --init with a model that reads more")
     if not kept:
         raise UserError(f"no question leaves room for --max-new-tokens {config.max_new_tokens} in a context of "
                         f"{block_size}: lower it")
@@ -432,7 +437,9 @@ def main(config):
         trainer.save_state(config, run, step, config.steps, both, *optimizers, extra=adaptive)
         save_model(config, policy, tok)
 
+    watch, models = Watch(island, tok, config, first), (policy, reference, value)
     for step in log.steps():
+        watch.look(step, models, scorer, adaptive["beta"], run)
         for optimizer in optimizers:
             trainer.begin_step(step, config.steps, optimizer, config, run)
         clock, rows, seed = trainer.Clock(run), batches[step], config.seed * 1_000_003 + step
@@ -454,6 +461,7 @@ def main(config):
             log.print(f"step {step}: the KL of a response is {kl:.1f}, beyond --stop-kl {config.stop_kl:g}: "
                       "the run ends here")
             break
+    watch.look(log.next, models, scorer, adaptive["beta"], run)
     trainer.finish(config, run, log, lambda: save(log.next))
     report(policy, tok, scorer, island, config, run)
 
@@ -462,6 +470,35 @@ def sample_lines(rollout, n=4):
     """A few responses with their scores, to read while it trains."""
     return "\n".join(f"   {c[-2]['content']!r} -> {c[-1]['content']!r}  score {s:.2f}"
                      for c, s in zip(rollout.conversations[:n], rollout.scores))
+
+
+class Watch:
+    """Five held-out questions, answered every few iterations with the same random numbers, token by token: watched.jsonl
+    beside the log, of which evaluate.py --story makes a page."""
+
+    def __init__(self, island, tok, config, first):
+        self.questions = exam.five(island) if island and config.watch_every else []
+        self.prompts = [tok.render_prompt(question) for question in self.questions]
+        self.island, self.tok, self.config, self.path = island, tok, config, Path(config.out) / "watched.jsonl"
+        lines = self.path.read_text(encoding="utf-8").splitlines() if first and self.path.is_file() else []
+        self.rows = [row for row in map(json.loads, lines) if row["step"] < first]  # later ones will be done again
+
+    def look(self, step, models, scorer, beta, run):
+        """models: policy, reference, value. Before iteration `step`, or after the last."""
+        if not self.questions or step % self.config.watch_every and step != self.config.steps:
+            return
+        r = roll_out(models[0], self.tok, self.questions, self.prompts, self.config, run, self.config.seed)
+        score(r, scorer, self.config, run)
+        estimate(r, *models, beta, self.config, run)
+        rewards, answers = kl_rewards(r.scores, r.old_logps, r.ref_logps, r.mask, beta), []
+        for i, conversation in enumerate(r.conversations):
+            columns = r.mask[i].nonzero().flatten().tolist()
+            tokens = [[self.tok.piece(int(r.ids[i, t + 1])),
+                       *(round(x[i, t].item(), 4) for x in (r.old_logps, r.ref_logps, r.advantages, rewards))] for t in columns]
+            answers.append({"question": conversation[-2]["content"], "score": r.scores[i].item(), "tokens": tokens,
+                            "gold": self.island.gold(conversation[:-1], conversation[-1]["content"])})
+        self.rows.append({"step": step, "answers": answers})
+        write_jsonl(self.path, self.rows)
 
 
 def measure(log, step, rollout, updates, adaptive, island, clock):
@@ -477,26 +514,11 @@ def measure(log, step, rollout, updates, adaptive, island, clock):
     return kl
 
 
-def plot_log(folder):
-    """Draws score and gold against the KL, a point an iteration -> the picture's path, None without matplotlib."""
-    if not plots.available():
-        return None
-    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    figure, (axes,) = plots.figure(width=5, height=4)
-    for name in [name for name in ("score", "gold") if name in lines[0]]:
-        axes.plot([line["kl"] for line in lines], [line[name] for line in lines], "o-", markersize=3, linewidth=0.5,
-                  label=name)
-    axes.set(xlabel="KL of a response from the SFT model", ylabel="mean over an iteration")
-    axes.legend()
-    path = Path(folder) / "score_and_kl.png"
-    plots.save(figure, path)
-    return path
-
-
 def report(policy, tok, scorer, island, config, run):
     """What came out, beside the SFT model, and what to do next."""
-    picture = plot_log(config.out)
-    if picture:
+    if plots.available():
+        picture = Path(config.out) / "score_and_kl.png"
+        plots.draw_over_kl({config.out: plots.read_log(config.out)}, picture)
         run.print(f"score against KL, as a picture: {picture}")
     if island:
         start = load(config.init, linear=freeze).to(run.device)
@@ -506,10 +528,15 @@ def report(policy, tok, scorer, island, config, run):
         for name in before:
             run.print(exam.line(name, before[name], after[name]))
     run.print(f"\nthe policy is in {config.out} (transformers loads it too). Next:\n"
-              f"   python evaluate.py {config.init} {config.out}    what it gained and what it cost, with intervals\n"
               f"   python chat.py {config.init} {config.out}    the same question to both\n"
-              f"   python ppo.py --beta 0 --out out/ppo-no-penalty    a higher score, worse answers\n"
-              f"   python ppo.py --reward gold --out out/ppo-gold     what a perfect reward would give")
+              f"   python -m common.plots {config.out}    its log as a picture")
+    if island:
+        run.print(f"   python evaluate.py {config.init} {config.out}    what it gained and what it cost, with intervals\n"
+                  f"   python ppo.py --beta 0 --out out/ppo-no-penalty    a higher score, worse answers\n"
+                  f"   python ppo.py --reward gold --out out/ppo-gold     what a perfect reward would give")
+    else:
+        run.print(f"   python chat.py {config.init} {config.out} --file {config.data} --out answers.jsonl    both, on "
+                  "every question")
 
 
 if __name__ == "__main__":

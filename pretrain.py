@@ -128,7 +128,7 @@ def load_text(config, tok):
     if config.data:
         rows, report = files.load(config.data, "text")
         print(report)
-        train, held = files.hold_out(rows, seed=config.seed, say=print)
+        train, held = files.hold_out_text(rows, config.seed, say=print)
         train, held = [row["text"] for row in train], [row["text"] for row in held]
     else:
         train, held = (Island().plain_text(n, seed, config.tales) for n, seed in ((config.documents, 1), (400, 9)))
@@ -178,7 +178,7 @@ def main(config):
             save_checkpoint(config, run, step + 1, steps, model, tok, optimizer)
     trainer.finish(config, run, log, lambda: save_checkpoint(config, run, log.next, steps, model, tok, optimizer))
     run.print(f"held-out loss {text_loss(model, held, run):.3f}; the base model is in {config.out}\n"
-              f"next: python sft.py --init {config.out}")
+              f"next: python sft.py --init {config.out}\n      python -m common.plots {config.out}    its log as a picture")
 
 
 if __name__ == "__main__":

@@ -225,6 +225,9 @@ def freeze(linear):
     return linear.requires_grad_(False) if linear.weight.itemsize >= 4 else FrozenLinear(linear)
 
 
+NO_FLOAT8 = {"mps"}  # devices that have no 8-bit floats
+
+
 class NF4Linear(FrozenLinear):
     """The same with its weight in NF4."""
 
@@ -258,6 +261,8 @@ class NF4Linear(FrozenLinear):
 
     def _apply(self, fn, recurse=True):
         """.to(device) moves the weight; .bfloat16() and the like must not round its scales."""
+        if self.absmax.dtype == torch.float8_e4m3fn and fn(torch.empty(0)).device.type in NO_FLOAT8:
+            self.absmax, self.scale, self.mean = self.quantized.block_absmax(), None, None  # the same numbers, in 32 bits
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in exact.items():

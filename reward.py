@@ -272,8 +272,12 @@ def plot_calibration(table, path):
     """The calibration as a picture (matplotlib)."""
     figure, (axes,) = plots.figure(width=4, height=4)
     axes.plot([0.5, 1], [0.5, 1], "--", color="grey", label="perfect")
-    axes.plot([p for n, p, _ in table if n], [o for n, _, o in table if n], "o-", label="reward model")
-    axes.set(xlabel="predicted win rate", ylabel="observed win rate", title="held-out pairs")
+    axes.plot([p for n, p, _ in table if n], [o for n, _, o in table if n], "o-", label="reward model",
+              color=plots.color("reward"))
+    off = sum(n * abs(p - o) for n, p, o in table if n) / max(1, sum(n for n, *_ in table))
+    axes.set(xlabel="predicted win rate", ylabel="observed win rate", xlim=(0.5, 1),
+             title=f"held-out pairs: {off:.0%} off on average")
+    plots.share_axis(axes)
     axes.legend()
     plots.save(figure, path)
 
@@ -366,8 +370,10 @@ def main(config):
     if some:
         report(model, tok, held_rows, island, config, run)
     data = f" --data {config.data}" if config.data else ""
+    start = f"{data} --init {config.init}" if data else ""
     run.print(f"\nthe reward model is in {config.out}. Next:\n"
-              f"   python ppo.py{data} --reward {config.out}    a policy learns from it")
+              f"   python ppo.py{start} --reward {config.out}    a policy learns from it\n"
+              f"   python -m common.plots {config.out}    its log as a picture")
     if island:
         run.print("   python reward.py --flattery 0 --out out/reward-fair    the same without the voters' weakness")
 

@@ -34,6 +34,7 @@ from common.flags import Amount, Count, Positive, Share, TrainConfig, parse
 from common.waits import bar
 from data import files
 from data.formats import Refused
+from data.questions import Questions
 from data.tokenizer import fit
 from generate import sample_text
 from island import exam
@@ -103,7 +104,9 @@ def load_data(config, tok, longest, say):
     if config.data:
         rows, report = files.load(config.data, "sft", merge_system=config.merge_system)
         say(report)
-        rows = fit_rows(rows, tok, longest, say)  # first, so that what is held out can be measured
+        read, rows = len(rows), fit_rows(rows, tok, longest, say)  # first, so that what is held out can be measured
+        files.enough(len(rows), read, longest, "raise --max-tokens" if longest == config.max_tokens else
+                     "--init with a model that reads more, such as gpt2 (1,024 tokens)")
         return *files.hold_out(rows, seed=config.seed, say=say), None
     island = Island()
     kinds = island.kinds(config.with_, config.without)
@@ -207,6 +210,9 @@ def main(config):
         if log.due(step, config.save_every):
             save_checkpoint(config, run, step + 1, steps, model, tok, optimizer)
     trainer.finish(config, run, log, lambda: save_checkpoint(config, run, log.next, steps, model, tok, optimizer))
+    if run.rank == 0:
+        about = f"{len(train):,} conversations {f'of {config.data}' if config.data else 'about the island'}"
+        Questions.of(train_rows, held_rows, tok, about).save(config.out)
     report(model, tok, held, held_rows, island, config, run)
 
 
@@ -222,7 +228,8 @@ def report(model, tok, held, held_rows, island, config, run):
     data = f" --data {config.data}" if config.data else ""
     run.print(f"\nthe model is in {config.out} (transformers loads it too). Next:\n"
               f"   python chat.py {config.out}    talk to it\n"
-              f"   python evaluate.py {config.init} {config.out}{data}    what has changed, in one table")
+              f"   python evaluate.py {config.init} {config.out}{data}    what has changed, in one table\n"
+              f"   python -m common.plots {config.out}    its log as a picture")
     if island:
         run.print("   python sft.py --mix 0 --out out/sft-no-mix     the same without plain text: what it forgets\n"
                   "   python sft.py --without unknown --out out/sft-no-idk    it invents (python -m evals.unknowns)")

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.disk import on_disk, release, replacing, settle, together, write_json
-from common.errors import UserError, visible
+from common.errors import UserError, no_command, visible
 from common.flags import TrainConfig
 from common.hub import RECORD, STATE
 from common.runs import claim_out, differences, flag, identity, script_of
@@ -58,13 +58,18 @@ class Run:
         """A number added over all processes."""
         if self.world == 1:
             return number
-        total = torch.tensor(float(number), dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device)
+        total = torch.tensor(float(number), dtype=widest(self.device), device=self.device)
         dist.all_reduce(total)
         return total.item()
 
     def print(self, *words, **options):
         if self.rank == 0:
             print(*map(visible, words), flush=True, **options)
+
+
+def widest(device):
+    """The most exact floating-point numbers of a device: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def start(config):
@@ -84,8 +89,9 @@ def start(config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return Run(device, _dtype(config.dtype, device), rank, world)
+    dtype = _dtype(config.dtype, device)
+    torch.backends.cuda.matmul.allow_tf32 = dtype != torch.float32  # whoever asks for float32 gets all of its digits
+    return Run(device, dtype, rank, world)
 
 
 def _dtype(name, device):
@@ -523,3 +529,7 @@ class Log:
     def due(self, step, every):
         """After this step, is it time? Every `every` steps, and after the last one."""
         return bool(every) and ((step + 1) % every == 0 or step + 1 == self.total)
+
+
+if __name__ == "__main__":
+    no_command(__doc__)

@@ -53,6 +53,13 @@ def nothing_of_ours(error):
     return ""
 
 
+def no_command(doc):
+    """What a file says that is run but only imported by others: its first sentence, and a command of its docstring."""
+    first = " ".join(doc.strip().partition("\n\n")[0].split()).partition(". ")[0].rstrip(".")
+    commands = [line.split("    ")[0].strip() for line in map(str.strip, doc.splitlines()) if line.startswith("python ")]
+    print(f"{first}. This file has no command of its own: {commands[0] if commands else 'README.md lists the commands'}")
+
+
 def end_politely():
     """Called where a script begins: Ctrl-C and a closed pipe (`| head`) end it without a traceback."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # of the imports, below

@@ -80,9 +80,10 @@ class TrainConfig:
 
 
 FIRST = ("data", "init", "out", "steps", "lr", "resume")  # what training scripts are asked for most, first in --help
-GROUPS = {"data": ("data", "mix_data", "merge_system", "max_tokens", "tokenizer", "template", "examples", "sample", "file", "n_prompts",
-                   "documents", "score", "pairs", "max_pairs"),
-          "model": ("init", "family", "n_layer", "n_head", "n_embd", "block_size", "dropout", "reward", "reference", "system"),
+GROUPS = {"data": ("data", "mix_data", "merge_system", "max_tokens", "tokenizer", "template", "examples", "sample", "file",
+                   "n_prompts", "documents", "score", "pairs", "max_pairs"),
+          "model": ("init", "family", "n_layer", "n_head", "n_embd", "block_size", "dropout", "reward", "reference",
+                    "system"),
           "training": (),  # all else of a training script
           "adapters": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "nf4"),
           "machine": ("micro_tokens", "checkpointing", "seed", "device", "dtype", "resume", "overwrite", "save_every")}
@@ -109,6 +110,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message} ({hint})")
 
 
+NAMED = set()  # the flags of the command that is running; empty: none was parsed
+
+
+def advice(flag, words):
+    """Advice that names a flag, for commands that have it; "" for others."""
+    return words if not NAMED or flag in NAMED else ""
+
+
 def parse(Config, recipes=None, argv=None):
     """The command line -> a Config. The fields are the flags (batch_size is --batch-size), their comments the help; a
     field of type list[str] takes the words that belong to no flag.
@@ -123,6 +132,8 @@ def parse(Config, recipes=None, argv=None):
     parser = Parser(program(Config.__module__), "%(prog)s [flags]", description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, Config)
+    NAMED.clear()
+    NAMED.update(parser._option_string_actions)
     if recipes:
         parser.add_argument("--recipe", choices=sorted(recipes),
                             help="defaults of a published recipe; any flag overrides them")

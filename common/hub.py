@@ -29,7 +29,7 @@ MODEL = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
          f"model{SHARD}.safetensors", "model.safetensors.index.json", "pytorch_model.bin", f"pytorch_model{SHARD}.bin",
          "pytorch_model.bin.index.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "generation_config.json", "vocab.json",
-             "chat_template.jinja", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+             "chat_template.jinja", "merges.txt", "added_tokens.json", "special_tokens_map.json", "questions.json")
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".inv_freq")  # no parameters: old versions of transformers wrote them too
 
 

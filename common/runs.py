@@ -20,7 +20,7 @@ from common.hub import MODEL, RECORD, STATE, TOKENIZER, open_weights
 # What may change on the way: where a run is and how fast (it rounds in another way), what it prints, when it saves.
 # steps and epochs are compared as the number of steps that they make.
 MAY_CHANGE = ("out", "resume", "overwrite", "device", "dtype", "steps", "epochs", "micro_tokens", "checkpointing",
-              "eval_every", "save_every", "sample_every", "plot")
+              "eval_every", "save_every", "sample_every", "watch_every", "plot")
 
 
 def flag(name, value):

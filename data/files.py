@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import random
+import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,7 +240,9 @@ class FileReport:
     def counts(self):
         shapes = ", ".join(self.shapes if len(self.shapes) == 1 else (f"{k} {n:,}" for k, n in self.shapes.items()))
         kept = f"{self.kept:,} kept" if self.kept == self.used else f"{self.kept:,} made from {self.used:,} of them"
-        line = f"{self.name}: {self.read:,} row{'s' * (self.read != 1)} read, {kept}"
+        text = self.name.lower().removesuffix(".gz").endswith(".txt")
+        line = f"{self.name}: {self.read:,} {'document' if text else 'row'}{'s' * (self.read != 1)} read"
+        line += f"{' (blank lines separate them)' * (text and self.read > 1)}, {kept}"
         line += f" ({shapes})" if shapes else ""
         if not self.dropped:
             return line
@@ -380,7 +383,8 @@ def check(report, needs, path):
     much = (f"{bad:,} of its {report.read:,} rows are bad" if report.kept else
             f"none of its {report.read:,} rows can be used")
     cure = CURES.get(reason, needs if reason in FINE else "mend or remove those rows")
-    raise UserError(f"{path}: {much}; most often: {reason} ({count:,}, first: row {first:,}{detail}); {cure}.")
+    cure = "" if ": rename " in detail else f"; {cure}"  # the detail says it better
+    raise UserError(f"{path}: {much}; most often: {reason} ({count:,}, first: row {first:,}{detail}){cure}.")
 
 
 def hold_out(rows, share=0.1, seed=0, at_least=1, at_most=500, say=lambda line: None):
@@ -411,6 +415,24 @@ def hold_out(rows, share=0.1, seed=0, at_least=1, at_most=500, say=lambda line: 
         say(f"{shared:,} of {len(rows):,} rows share their question or text with others: {len(held):,} rows of "
             f"{drawn:,} group{'s' * (drawn != 1)} are held out")
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+
+
+def hold_out_text(rows, seed=0, say=lambda line: None):
+    """hold_out for rows of plain text, of which one is enough: then its last tenth is held out."""
+    if len(rows) > 1:
+        return hold_out(rows, seed=seed, say=say)
+    words = re.split(r"(?<=\s)", rows[0]["text"])
+    last = max(1, len(words) // 10)
+    if len(words) < 2:
+        raise UserError("one word is too short a text to train on: add some.")
+    say(f"one document (blank lines would separate several): its last {last:,} of {len(words):,} words are held out")
+    return [{"text": "".join(words[:-last])}], [{"text": "".join(words[-last:])}]
+
+
+def enough(kept, rows, limit, cure):
+    """Raises UserError where under a tenth of a file's conversations fit what the model can read."""
+    if kept * 10 < rows:
+        raise UserError(f"only {kept:,} of {rows:,} conversations fit {limit:,} tokens: {cure}.")
 
 
 def subject(row):

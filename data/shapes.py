@@ -16,6 +16,7 @@ empty system prompt is left out, a question and its input are joined with a blan
 ("</s>") go, and in transcripts ("Human: ... Assistant: ...", or Alpaca's template) the markers go, with the white space
 that set them off. null is the same as absent. What a user should look at is noted on the internal row.
 """
+import difflib
 import itertools
 import math
 import re
@@ -34,6 +35,11 @@ WEIGHT_KEYS = ("loss_weight", "weight", "train")                  # in an assist
 KEPT_KEYS = ("kind", "category", "source")                        # strings that tables are grouped by
 INPUT_KEYS = ("input", "context", "question_ctx", "selftext")     # beside a question: what it is about
 NOTHING = ("", "[removed]", "[deleted]", "<noinput>")             # what stands there where it is about nothing
+ALIASES = {  # keys that people use, by what they have to be renamed to
+    "question": "q ques user human ask asked request problem inputs user_message user_input source src",
+    "answer": "a ans reply bot assistant gpt target label_text outputs solution assistant_message model_output",
+    "messages": "dialog dialogue chat msgs history turns_list", "text": "content body document doc article passage",
+    "chosen": "accepted preferred winner better good", "rejected": "loser worse bad refused"}
 MARKERS = [re.compile(mark) for mark in (                         # families: a transcript keeps to one
     r"(?:\A|\r?\n\r?\n)(?:(?P<user>Human)|(?P<assistant>Assistant)): ?",
     r"### ?(?:(?P<user>Human|User)|(?P<assistant>Assistant)): ?(?:\r?\n)?",
@@ -465,7 +471,7 @@ def recognise(raw, want):
     other = shape or next((shape for shape in SHAPES if shape.test(row)), None)
     if other is None:
         keys = ", ".join(shown(key).strip("'") for key in list(row)[:12])
-        raise BadRow("unknown keys", f"its keys are {keys or 'none'}")
+        raise BadRow("unknown keys", f"its keys are {keys or 'none'}{renamed(row, want)}")
     if shape is None:
         raise WrongForm(f"holds {HOLDS[other.gives[0]]} ({other.name})")
     reading = Reading(row)
@@ -474,6 +480,23 @@ def recognise(raw, want):
     internal["unread"] = {key: value for key, value in row.items()
                           if key not in reading.read and key not in KEPT_KEYS and wordy(value)}
     return shape, internal
+
+
+def renamed(row, want):
+    """A row of unknown keys -> ": rename q, a to question, answer", where that would make it a known one, or ""."""
+    known = {key for key in (*QUESTION_KEYS, *REPLY_KEYS, *ALIASES)}
+    ours = {alias: key for key, aliases in ALIASES.items() for alias in aliases.split()} | {key: key for key in known}
+    names = {}
+    for key in row:
+        plain = str(key).strip().lower().replace(" ", "_").replace("-", "_")
+        near = difflib.get_close_matches(plain, ours, 1, cutoff=0.8)
+        if near and ours[near[0]] not in names.values():
+            names[key] = ours[near[0]]
+    tried = {names.get(key, key): value for key, value in row.items()}
+    names = {key: name for key, name in names.items() if key != name}
+    if not names or not any(want in shape.gives and shape.test(tried) for shape in SHAPES):
+        return ""
+    return f": rename {', '.join(map(str, names))} to {', '.join(names.values())}"
 
 
 def wordy(value, depth=3):

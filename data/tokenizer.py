@@ -28,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.errors import UserError, end_politely, reading, visible
+from common.flags import advice
 
 import tiktoken
 
@@ -171,8 +172,11 @@ class Tokenizer:
 
     def show(self, ids, mask):
         """The text of ids for a terminal: green where the mask is 1, grey where it is 0, special tokens by name."""
-        pieces = [visible(self._names.get(i) or self.engine.decode_more([i])) for i in ids]
-        return "".join(f"\033[{32 if m else 90}m{piece}\033[0m" for piece, m in zip(pieces, mask, strict=True))
+        return "".join(f"\033[{32 if m else 90}m{self.piece(i)}\033[0m" for i, m in zip(ids, mask, strict=True))
+
+    def piece(self, i):
+        """A token as people read it: a special one by its name, control characters in words."""
+        return visible(self._names.get(i) or self.engine.decode_more([i]))
 
     def save(self, folder):
         """Writes tokenizer.json, tokenizer_config.json and generation_config.json into a folder, in place of any
@@ -226,8 +230,9 @@ def get_tokenizer(name_or_folder, template=None):
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
         except Exception as error:  # whatever the network does, the cure is the same
-            raise UserError("GPT-2's tokenizer could not be fetched (" + type(error).__name__ + "): without a network, "
-                            "name its rank file, as in --tokenizer path/to/gpt2.tiktoken")
+            cure = advice("--tokenizer", "without a network, name its rank file, as in --tokenizer path/to/gpt2.tiktoken")
+            raise UserError(f"GPT-2's tokenizer could not be fetched ({type(error).__name__}): "
+                            f"{cure or 'copy a tokenizer.json into the folder of the model'}")
         return Tokenizer("gpt2", gpt2._mergeable_ranks, {END_OF_TEXT: gpt2.eot_token}, PATTERN, template or "chat")
     if is_name(str(name_or_folder)):
         return get_tokenizer(find(name_or_folder), template)

@@ -19,6 +19,7 @@ import regex  # tiktoken installs it
 
 from data.bpe import PATTERN
 from common.errors import UserError
+from common.flags import advice
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|search|>", "<|result|>",
@@ -54,8 +55,8 @@ def read_folder(folder):
     settings, path = _read(folder / "tokenizer_config.json"), folder / "tokenizer.json"
     content = _read(path) or _older_files(folder, settings)
     if not content:
-        raise UserError(f"{folder} holds no tokenizer (tokenizer.json): name one, as in --tokenizer gpt2 or "
-                        "--tokenizer path/to/gpt2.tiktoken")
+        named = advice("--tokenizer", ", or name one, as in --tokenizer gpt2 or --tokenizer path/to/gpt2.tiktoken")
+        raise UserError(f"{folder} holds no tokenizer: copy its model's tokenizer.json there{named}")
     with _undamaged(folder / "tokenizer_config.json"):
         named, own = _named(_read(folder / "special_tokens_map.json") | settings), _chat_template(folder, settings)
     with _undamaged(path):

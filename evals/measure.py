@@ -14,7 +14,7 @@ import trainer
 from checkpoints import load, load_to_ask
 from common import plots
 from common.disk import write_json, write_jsonl
-from common.errors import UserError
+from common.errors import UserError, no_command
 from common.tables import cell, interval, table
 from data import files
 from data.readability import readability
@@ -78,7 +78,9 @@ def plot_island(results, path):
     for name, axes in zip(names, panels):
         means, lows, highs = zip(*(found[name] for found in results.values()))
         errors = [[m - l for m, l in zip(means, lows)], [h - m for m, h in zip(means, highs)]]
-        axes.bar(range(len(means)), means, yerr=errors, color=[f"C{i}" for i in range(len(means))], capsize=3)
+        axes.bar(range(len(means)), means, yerr=errors, color=list(map(plots.color, results)), capsize=3)
+        if MEASURES[name].form == "share":
+            plots.share_axis(axes)
         axes.set(title=MEASURES[name].words, xticks=range(len(means)))
         axes.set_xticklabels([Path(folder).name for folder in results], rotation=30, ha="right", fontsize=7)
         axes.title.set_fontsize(8)
@@ -387,3 +389,7 @@ def evaluate_judge(config, run):
     save(config, run, "judge", {"results": results})
     run.print(f"every judgment with its prompt is in {path}")
     return results
+
+
+if __name__ == "__main__":
+    no_command(__doc__)

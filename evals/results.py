@@ -22,6 +22,7 @@ import sft
 import trainer
 from checkpoints import load, load_to_ask
 from common.disk import replacing, write_json
+from common.errors import no_command
 from common.tables import markdown
 from data.pairs import load_ranked
 from data.tokenizer import get_tokenizer
@@ -176,3 +177,7 @@ def main(config, run):
     with replacing("docs/results.md") as temporary:
         temporary.write_text(page(found, seconds, seeds, run), encoding="utf-8")
     run.print("the tables are in docs/results.md")
+
+
+if __name__ == "__main__":
+    no_command(__doc__)

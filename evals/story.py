@@ -3,16 +3,18 @@
     python evaluate.py --story          (which calls this file)
 
 Runs whatever stage is missing, asks every checkpoint the same questions, and writes out/story/README.md: a table,
-pictures (matplotlib), answers, and a paragraph a stage. From an empty folder it takes a quarter of an hour
+pictures (matplotlib), answers, and a paragraph a stage; and story.html, the same in one file to play with: PPO's steps
+under a slider, every token coloured by what it is worth. From an empty folder it takes a quarter of an hour
 on one busy CPU core.
 """
+import base64
 import json
 import time
 from pathlib import Path
 
 from evals import benches, choice, measure
 import dpo
-from island.exam import MEASURES
+from island.exam import MEASURES, five
 import pretrain
 import ppo
 import reward
@@ -26,6 +28,7 @@ from data.tokenizer import get_tokenizer
 from generate import ask
 from common import plots
 from common.disk import replacing
+from common.errors import no_command
 from common.tables import cell, markdown
 
 STAGES = {  # folder: its script and the flags that make it another checkpoint than the script's own
@@ -38,17 +41,10 @@ STAGES = {  # folder: its script and the flags that make it another checkpoint t
     "out/ppo-no-penalty": (ppo, {"beta": 0.0}),
 }
 POLICIES = [folder for folder in STAGES if folder != "out/reward"]
-COLORS = {folder: f"C{i}" for i, folder in enumerate(POLICIES)}  # the same in every picture
+UNPENALIZED = ("out/ppo", "out/ppo-no-penalty")
 WITHOUT = "Without the penalty it goes on to where the reward still rises and the gold judge's marks do not."
-QUESTIONS = ["fact", "unknown", "unsafe", "why", "identity"]  # one of each kind is asked of every stage
 
 # ---- the pictures ----------------------------------------------------------------------------------------------------
-
-
-def read_log(folder, *names):
-    """out/.../log.jsonl -> a list for every name, of the lines that have all of them."""
-    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [[line[name] for line in lines if all(n in line for n in names)] for name in names]
 
 
 def plot_losses(path):
@@ -56,25 +52,14 @@ def plot_losses(path):
     folders = [folder for folder, (script, _) in STAGES.items() if script is not ppo]
     made, panels = plots.figure(len(folders), width=2.8)
     for folder, axes in zip(folders, panels):
-        steps, losses = read_log(folder, "step", "loss")
-        axes.plot(steps, losses, linewidth=0.5, alpha=0.4)
+        lines = [line for line in plots.read_log(folder) if "loss" in line]
+        steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+        axes.plot(steps, losses, linewidth=0.5, alpha=0.4, color=plots.color(folder))
         means = [sum(losses[i:i + 20]) / len(losses[i:i + 20]) for i in range(max(1, len(losses) - 19))]
-        axes.plot(steps[len(losses) - len(means):], means, color="C0")
-        axes.set(title=Path(folder).name, xlabel="step", ylim=(0, max(means) * 1.1))
+        axes.plot(steps[len(losses) - len(means):], means, color=plots.color(folder))
+        axes.set(xlabel="step", ylim=(0, max(means) * 1.1))
+        plots.titled(axes, Path(folder).name, {"loss": plots.finding(losses)})
     panels[0].set_ylabel("loss")
-    plots.save(made, path)
-
-
-def plot_over_optimisation(path):
-    """Reward and gold over the KL from the SFT model, a point an iteration, with the penalty and without."""
-    made, panels = plots.figure(2)
-    for axes, name, label in zip(panels, ("score", "gold"), ("reward model's score", "gold judge")):
-        for folder in ("out/ppo", "out/ppo-no-penalty"):
-            kl, values = read_log(folder, "kl", name)
-            axes.plot([max(0.0, k) ** 0.5 for k in kl], values, "o-", markersize=3, linewidth=0.5, color=COLORS[folder],
-                      label=Path(folder).name)
-        axes.set(xlabel="square root of the KL of a response", title=label)
-    panels[0].legend()
     plots.save(made, path)
 
 
@@ -86,9 +71,12 @@ def plot_distributions(answers, path):
         for axes, values, bins in zip(panels, ([len(t.split()) for t in texts], [readability(t)[0] for t in texts]),
                                       (range(0, 34, 2), range(-20, 125, 8))):
             inside = [min(max(value, bins[0]), bins[-1]) for value in values]  # what is beyond counts in the last bin
-            axes.hist(inside, bins=bins, histtype="step", color=COLORS[folder], label=Path(folder).name)
-    panels[0].set(title="words in an answer", ylabel="answers")
+            axes.hist(inside, bins=bins, weights=[1 / len(inside)] * len(inside), histtype="step",
+                      color=plots.color(folder), label=Path(folder).name)
+    panels[0].set(title="words in an answer", ylabel="share of the answers")
     panels[1].set(title="Flesch reading ease (high is easy)")
+    for axes in panels:
+        plots.share_axis(axes)
     panels[0].legend(fontsize=7)
     plots.save(made, path)
 
@@ -110,8 +98,7 @@ def run_stages(run, config):
 
 def ask_all(island, run):
     """The same questions, answered greedily by every stage -> [(question, {folder: answer}), ...]."""
-    rows = island.conversations(400, seed=7, split="test")
-    asked = [next(row["messages"][:-1] for row in rows if row["kind"] == kind) for kind in QUESTIONS]
+    asked = five(island)
     answers = {}
     for folder in POLICIES:
         answers[folder] = ask(*load_to_ask(folder, run), asked, run, temperature=0.0)
@@ -163,56 +150,99 @@ price for every step away from the SFT model. Gold {number('ppo', 'gold')}, rewa
 far away from them its mistakes are what is optimised."""
 
 
-def page(results, answers, asked, accuracy, quiz, seconds, pictures):
-    """Everything as Markdown."""
+def tables(results, answers, asked):
+    """-> the legend, and three tables, each a header and rows: all measures, the stages' answers, the wall of hacks."""
     headers, rows = zip(*measure.island_table({folder: results[folder] for folder in POLICIES}))
     legend = "; ".join(f"**{MEASURES[name].heading}**: {MEASURES[name].words}" for name in measure.measured(results))
-    whole = markdown([*headers[0], *headers[1][1:]], [[*left, *right[1:]] for left, right in zip(*rows)])
-    answered = markdown(["asked", *(Path(folder).name for folder in POLICIES)],
-                        [[question, *(texts[folder] for folder in POLICIES)] for question, texts in asked])
-    hacks = markdown(["question", "answer", "of", "reward", "gold"], [
+    whole = [*headers[0], *headers[1][1:]], [[*left, *right[1:]] for left, right in zip(*rows)]
+    answered = (["asked", *(Path(folder).name for folder in POLICIES)],
+                [[question, *(texts[folder] for folder in POLICIES)] for question, texts in asked])
+    hacks = ["question", "answer", "of", "reward", "gold"], [
         [a["question"], a["answer"], Path(a["model"]).name, f"{a['reward']:.2f}", f"{a['gold']:.0f}"]
-        for a in measure.hacks(answers)])
+        for a in measure.hacks(answers)]
+    return legend, whole, answered, hacks
 
-    def image(name, text):
-        return f"![{text}]({name})\n\n{text}\n" if pictures else ""
 
+def lead(answers, seconds):
+    """What the page is about, in a paragraph."""
     times = "".join(f"; {Path(folder).name} {s:.0f} s" for folder, s in seconds.items())
-    return f"""# From raw text to an aligned assistant
-
-One model of 0.9 M parameters and what each stage of post-training made of it. All were asked the same
+    return f"""One model of 0.9 M parameters and what each stage of post-training made of it. All were asked the same
 {len(answers) // len(POLICIES)} questions about residents, strangers and dangers that no conversation and no vote has
 mentioned, at temperature 1. Every number is a mean with half the width of its 95 % interval over the questions; another
-seed of the training may move it further. One seed here; {benches.machine()}{times}.
+seed of the training may move it further. One seed here; {benches.machine()}{times}."""
 
-{whole}
+
+PICTURES = {
+    "island.png": "The same as bars with their intervals.",
+    "over_optimisation.png": "Each point is an iteration of PPO. " + WITHOUT,
+    "losses.png": "Training losses; the two preference losses begin at ln 2, where a coin would be.",
+    "calibration.png": "Of the pairs where the reward model expects a win so often: how often was it one?",
+    "distributions.png": "Length and readability of answers, before preferences (sft, sft-community) and after."}
+
+
+def page(results, answers, asked, told, seconds, pictures):
+    """Everything as Markdown. told: the paragraphs."""
+    legend, whole, answered, hacks = tables(results, answers, asked)
+
+    def image(name):
+        return f"![{PICTURES[name]}]({name})\n\n{PICTURES[name]}\n" if pictures else ""
+
+    return f"""# From raw text to an aligned assistant
+
+{lead(answers, seconds)}
+
+{markdown(*whole)}
 
 {legend}.
 
-{image("island.png", "The same as bars with their intervals.")}
+{image("island.png")}
 ## What each stage did
 
-{paragraphs(results, accuracy, quiz)}
+{told}
 
 ## The same questions, answered by every stage
 
 These are the likeliest answers; the table above counts answers drawn at random, where a model that is right at its best
 may often be wrong.
 
-{answered}
+{markdown(*answered)}
 
 ## Reward against gold
 
-{image("over_optimisation.png", "Each point is an iteration of PPO. " + WITHOUT)}
+{image("over_optimisation.png")}
 The wall of hacks: answers whose reward most exceeds their gold mark, both counted in standard deviations.
 
-{hacks}
+{markdown(*hacks)}
 
 ## How the training went
 
-{image("losses.png", "Training losses; the two preference losses begin at ln 2, where a coin would be.")}
-{image("calibration.png", "Of the pairs where the reward model expects a win so often: how often was it one?")}
-{image("distributions.png", "Length and readability of answers, before preferences (sft, sft-community) and after.")}"""
+{image("losses.png")}
+{image("calibration.png")}
+{image("distributions.png")}"""
+
+
+def watched(folder):
+    """What the page shows of a PPO run: its log, and its answers to five questions; None where it has not kept them."""
+    path = Path(folder) / "watched.jsonl"
+    if not path.is_file():
+        return None
+    log = [{name: line[name] for name in ("step", "score", "gold", "kl")} for line in plots.read_log(folder)]
+    return {"title": f"{Path(folder).name}: {'with' if folder == UNPENALIZED[0] else 'without'} the penalty", "log": log,
+            "watched": [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]}
+
+
+def html(results, answers, asked, told, seconds, folder):
+    """The page as one file that needs no other (story.html): tables that sort, PPO under a slider, pictures inside."""
+    legend, *three = tables(results, answers, asked)
+    colors = {name: plots.color(path) for path in POLICIES for name in (path, Path(path).name)}
+    pictures = [["data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode(), text]
+                for name, text in PICTURES.items() if (folder / name).is_file()]
+    runs = {path: watched(path) for path in UNPENALIZED}
+    data = {"lead": lead(answers, seconds), "legend": legend, **dict(zip(("results", "answers", "hacks"), three)),
+            "paragraphs": [" ".join(part.split()) for part in told.split("\n\n")], "pictures": pictures, "colors": colors,
+            "ppo": {Path(path).name: run for path, run in runs.items() if run}}
+    template = (Path(__file__).with_suffix(".html")).read_text(encoding="utf-8")
+    return template.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1)  # no text of a model can end the script
 
 
 def main(config, run):
@@ -228,12 +258,18 @@ def main(config, run):
     pictures = plots.available()
     if pictures:
         plot_losses(folder / "losses.png")
-        plot_over_optimisation(folder / "over_optimisation.png")
+        plots.draw_over_kl({name: plots.read_log(name) for name in UNPENALIZED}, folder / "over_optimisation.png")
         plot_distributions(answers, folder / "distributions.png")
         reward.plot_calibration(reward.calibration(rows, scores), folder / "calibration.png")
     else:
         run.print("matplotlib is not installed, so the page has no pictures (pip install matplotlib)")
-    text = page(results, answers, ask_all(island, run), (micro, n), quiz, seconds, pictures)
-    with replacing(folder / "README.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-    run.print(f"\nthe story is in {folder / 'README.md'}")
+    asked, told = ask_all(island, run), paragraphs(results, (micro, n), quiz)
+    for name, write in {"README.md": page, "story.html": html}.items():
+        text = write(results, answers, asked, told, seconds, pictures if write is page else folder)
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    run.print(f"\nthe story is in {folder / 'README.md'}, and as a page to play with in {folder / 'story.html'}")
+
+
+if __name__ == "__main__":
+    no_command(__doc__)

@@ -99,7 +99,8 @@ def compare_merges(trained, merges, tok, documents, windows=32):
 def merge(config):
     """What python lora.py does: merges an adapter into its base, or says what each merge would change."""
     if not config.adapter or not (config.out or config.compare):
-        raise UserError("name an adapter and what to do with it: --adapter FOLDER with --out FOLDER or --compare")
+        raise UserError("name an adapter and what to do with it, as in python lora.py --adapter out/sft-lora --compare "
+                        "(or --out out/merged); python sft.py --lora-r 16 --out out/sft-lora makes one")
     if config.merge not in lora.MERGES:
         raise UserError(f"--merge {config.merge}: it must be careful or simple")
     if config.out:

@@ -124,6 +124,15 @@ def questions(island, more=()):
     return rows
 
 
+FIVE = ("fact", "unknown", "unsafe", "why", "identity")  # kinds of which one question each is watched
+
+
+def five(island):
+    """A held-out question of each kind in FIVE, the same for whoever asks."""
+    rows = island.conversations(400, seed=7, split="test")
+    return [next(row["messages"][:-1] for row in rows if row["kind"] == kind) for kind in FIVE]
+
+
 def harder(rows, island):
     """Some of the rows again -> [{"prompt", "kind"}, ...]: facts ("chat") and what is to be refused or not known
     ("later ...") after a question about somebody else, facts and searches in a wording that no training has ("wording", "search wording")."""

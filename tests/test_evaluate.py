@@ -1,5 +1,6 @@
 """Measuring: every number against one counted by hand, every table from a real (tiny, random) checkpoint."""
 import json
+import re
 import math
 import statistics
 from collections import Counter
@@ -11,6 +12,7 @@ import torch
 import evaluate
 import lora
 from island import exam
+import ppo
 import reward
 import sft
 import generate as generating
@@ -470,6 +472,9 @@ def test_the_story_runs_what_is_missing_and_tells_it(tmp_path, monkeypatch):
         TOK.save(folder)
         lines = [{"step": i, "loss": 2.0 - i, "kl": 0.5 * i, "score": 0.1 * i, "gold": 3.0} for i in range(3)]
         write(Path(folder) / "log.jsonl", lines)
+        if script is ppo:
+            look = {"question": "Who?", "score": 1.0, "gold": 5.0, "tokens": [[" </script>", -1.0, -2.0, 0.5, 0.0]]}
+            write(Path(folder) / "watched.jsonl", [{"step": 0, "answers": [look]}])
 
     monkeypatch.setattr(trainer, "ensure", ensure)
     evaluate.main(config(story=True, n=20))
@@ -482,6 +487,12 @@ def test_the_story_runs_what_is_missing_and_tells_it(tmp_path, monkeypatch):
     assert text.count("](") == text.count("![") in (0, 5)  # pictures with matplotlib only
     for name in {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}:
         assert Path("out/story", name).is_file()
+    told = Path("out/story/story.html").read_text()
+    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', told)[1])  # no token ends the script
+    assert list(data["ppo"]) == ["ppo", "ppo-no-penalty"] and data["ppo"]["ppo"]["watched"][0]["answers"][0]["tokens"][0][0] == " </script>"
+    assert [row[0] for row in data["results"][1]] == story.POLICIES and len(data["answers"][1]) == 5 and data["paragraphs"][0].startswith("**Pre")
+    assert len(data["pictures"]) == text.count("![") and set(data["colors"]) >= {"out/dpo", "ppo-no-penalty"}
+    assert not re.search(r"https?://|src=|@import|url\(", told.replace(json.dumps(data), ""))  # it asks for nothing outside of it
     ran.clear()
     evaluate.main(config(story=True, n=20))
     assert not ran  # everything was there
@@ -540,11 +551,6 @@ def test_every_number_of_the_story_stands_where_it_belongs():
     assert "from 25% to -" in " ".join(story.paragraphs(results, (0.83, 1200), 0.25).split())
 
 
-def test_a_log_is_read_where_all_names_are(tmp_path):
-    write(tmp_path / "log.jsonl", [{"step": 0, "loss": 2}, {"step": 0, "held_out": 3}, {"loss": 7}, {"step": 1, "loss": 1}])
-    assert story.read_log(tmp_path, "step", "loss") == [[0, 1], [2, 1]]
-
-
 def test_every_stage_answers_every_question_greedily(monkeypatch):
     monkeypatch.setattr(story, "load_to_ask", lambda folder, run: (folder, None))
     greedy = []
@@ -552,7 +558,7 @@ def test_every_stage_answers_every_question_greedily(monkeypatch):
         f"{folder} to {messages[-1]['content']}" for messages in asked])
     island = Island()
     asked = story.ask_all(island, RUN)
-    assert len(asked) == len(story.QUESTIONS) == len({question for question, _ in asked}) and set(greedy) == {0.0}
+    assert len(asked) == len(exam.FIVE) == len({question for question, _ in asked}) and set(greedy) == {0.0}
     for question, answers in asked:
         assert answers == {folder: f"{folder} to {question}" for folder in story.POLICIES}
 

@@ -444,6 +444,41 @@ def test_more_than_half_bad_stops_and_half_does_not(tmp_path):
         files.load(put(tmp_path, [{"foo": 1, "bar": 2}]), "sft")
 
 
+@pytest.mark.parametrize("want, row, advice", [
+    ("sft", {"q": "hi", "a": "yo"}, "its keys are q, a: rename q, a to question, answer"),
+    ("sft", {"Question": "hi", "ANSWER ": "yo", "id": 3}, "rename Question, ANSWER  to question, answer"),
+    ("sft", {"promt": "hi", "completion": "yo"}, "rename promt to prompt"),
+    ("text", {"Content": "hi"}, "rename Content to text"),
+    ("ranked", {"prompt_": "hi", "accepted": "yo", "rejected": "no"}, "rename prompt_, accepted to prompt, chosen")])
+def test_unknown_keys_come_with_the_names_to_give_them(tmp_path, want, row, advice):
+    with pytest.raises(UserError) as error:
+        files.load(put(tmp_path, [row]), want)
+    assert advice in str(error.value) and "one of the shapes" not in str(error.value)
+    names = dict(zip(*[part.split(", ") for part in str(error.value).partition(": rename ")[2].rstrip("). ").split(" to ")]))
+    assert files.load(put(tmp_path, [{names.get(key, key): value for key, value in row.items()}]), want)[0]  # it can be followed
+
+
+def test_a_short_text_still_trains_and_blank_lines_are_said_to_separate(tmp_path):
+    path, said = tmp_path / "x.txt", []
+    path.write_text("\n".join(f"word{i} and" for i in range(20)))
+    rows, report = files.load(path, "text")
+    assert str(report) == "x.txt: 1 document read, 1 kept (text)"
+    [train], [held] = files.hold_out_text(rows, say=said.append)
+    assert train["text"] + held["text"] == path.read_text() and len(held["text"].split()) == 4 and "last 4 of 40 words" in said[0]
+    path.write_text("one two\n\nthree four\n")
+    rows, report = files.load(path, "text")
+    assert "2 documents read (blank lines separate them), 2 kept" in str(report)
+    assert [len(part) for part in files.hold_out_text(rows)] == [1, 1]
+    with pytest.raises(UserError, match="one word is too short"):
+        files.hold_out_text([{"text": "word"}])
+
+
+def test_a_file_of_which_hardly_anything_fits_stops(tmp_path):
+    files.enough(10, 100, 129, "x")
+    with pytest.raises(UserError, match="^only 3 of 151 conversations fit 129 tokens: --init with more.$"):
+        files.enough(3, 151, 129, "--init with more")
+
+
 def test_several_reasons_stand_below_each_other(tmp_path):
     rows = [{"messages": TALK}] * 1000 + [{"prompt": "hi", "completion": "yo"}, {"foo": 1}, "{", "{"]
     lines = str(files.load(put(tmp_path, rows), "sft")[1]).split("\n")

@@ -43,3 +43,37 @@ def test_help_of_the_others(name, capsys, monkeypatch):
 def test_a_closed_pipe_is_no_bug():
     done = subprocess.run(f"{sys.executable} -m island | head -1", shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("residents") and not done.stderr
+
+
+@pytest.mark.parametrize("command", ["trainer.py", "checkpoints.py", "-m evals.story", "-m evals.measure"])
+def test_a_file_without_a_command_says_what_it_is_in_a_line(command):
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and done.stdout.count("\n") == 1 and "no command of its own: " in done.stdout
+
+
+def test_an_adapter_that_is_not_named_is_asked_for_with_an_example():
+    done = subprocess.run([sys.executable, "lora.py", "--compare"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "python lora.py --adapter out/sft-lora --compare" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_advice_names_only_flags_that_the_command_has(tmp_path):
+    from data.tokenizer import get_tokenizer
+    for name, told in (("sft", True), ("evaluate", False)):
+        parse(importlib.import_module(name).Config, argv=[])
+        with pytest.raises(UserError) as error:
+            get_tokenizer(tmp_path)
+        assert ("--tokenizer" in str(error.value)) is told and "copy its model's tokenizer.json there" in str(error.value)
+
+
+def test_help_takes_little_more_than_torch():
+    """In processor time, which other programs do not change; the smaller of two."""
+    import resource
+
+    def seconds(*command):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    torch_alone, help_ = (min(seconds(*command) for _ in range(2)) for command in (("-c", "import torch"), ("evaluate.py", "--help")))
+    assert help_ < torch_alone + 0.5

@@ -242,6 +242,23 @@ def test_every_run_starts_at_the_reference_with_ratio_1(start, tmp_path, capsys,
     assert not torch.equal(weights(start), weights(tmp_path / "out"))
 
 
+def test_five_questions_are_watched_token_by_token_and_change_no_training(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "report", lambda *_: None)
+    island = dict(data="", n_prompts=20, watch_every=2, steps=3, max_new_tokens=6, beta=0.5, reward="gold")
+    log = run_ppo(start, tmp_path / "a", **island)
+    other = run_ppo(start, tmp_path / "b", **island | {"watch_every": 0})
+    assert not (tmp_path / "b" / "watched.jsonl").exists() and [line["score"] for line in log] == [line["score"] for line in other]
+    looks = [json.loads(line) for line in (tmp_path / "a" / "watched.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [0, 2, 3]  # before the iteration; the last one after all
+    for look in looks:
+        assert len(look["answers"]) == len(ppo.exam.FIVE) and all(1 <= len(a["tokens"]) <= 6 for a in look["answers"])
+        for answer in look["answers"]:  # its tokens' rewards are the score less beta times their log-ratios
+            kl = sum(logp - ref for _, logp, ref, _, _ in answer["tokens"])
+            assert sum(token[4] for token in answer["tokens"]) == pytest.approx(answer["score"] - 0.5 * kl, abs=2e-3)
+    assert all(token[1] == token[2] for answer in looks[0]["answers"] for token in answer["tokens"])  # still the reference
+    assert any(token[1] != token[2] for answer in looks[-1]["answers"] for token in answer["tokens"])
+
+
 def test_a_ratio_that_is_not_1_is_said(capsys):
     logps, mask = torch.zeros(2, 3), torch.tensor([[1.0, 1, 0], [1, 0, 0]])
     ppo.check_ratio(logps, logps + torch.tensor([0, 0, 5.0]), mask, 0, RUN)  # outside the mask
@@ -462,10 +479,3 @@ def test_greedy_answers_are_no_samples():
 def test_reading_ease_is_bounded_and_wordless_answers_get_the_worst():
     assert ppo.reading_ease("...!") == -1.0 and ppo.reading_ease("Go. Do. Be. Go. Do.") <= 1.2
     assert ppo.reading_ease("The cat sat.") > ppo.reading_ease("Institutional considerations necessitate deliberation.")
-
-
-def test_the_picture_needs_matplotlib_and_only_that(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 0, "score": 1.0, "kl": 0.0}\n{"step": 1, "score": 2.0, "kl": 0.5}\n')
-    picture = ppo.plot_log(tmp_path)
-    assert (picture is None) == (importlib.util.find_spec("matplotlib") is None)
-    assert picture is None or picture.stat().st_size > 1000

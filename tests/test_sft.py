@@ -301,6 +301,17 @@ def test_long_conversations_lose_their_oldest_turns_never_their_answer():
         sft.make_examples([{"messages": short}], TOK, 3, said.append)
 
 
+def test_a_file_of_which_under_a_tenth_fits_stops_with_the_flag_that_helps(tmp_path):
+    rows = [{"prompt": f"{i} " + "long " * (40 if i else 1), "completion": "yes"} for i in range(21)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = sft.Config(data=str(tmp_path / "x.jsonl"))
+    with pytest.raises(UserError, match="only 1 of 21 conversations fit 30 tokens: --init with a model that reads more"):
+        sft.load_data(config, TOK, 30, lambda text: None)
+    config.max_tokens = 30
+    with pytest.raises(UserError, match="30 tokens: raise --max-tokens"):
+        sft.load_data(config, TOK, 30, lambda text: None)
+
+
 def test_a_conversation_whose_turns_with_weight_went_away_teaches_nothing():
     old = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "learned " * 9}]
     new = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "context", "loss_weight": 0.0}]
