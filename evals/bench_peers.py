@@ -17,7 +17,6 @@ import trainer
 
 # ---- what every candidate needs, this project's too ------------------------------------------------------------------
 
-
 def synchronize():
     if torch.cuda.is_available():  # kernels are only queued when a call returns
         torch.cuda.synchronize()
@@ -34,20 +33,22 @@ def marks(texts):
     return [float(len(text)) for text in texts]
 
 
-# ---- what TRL's trainers share ---------------------------------------------------------------------------------------
+# ---- TRL -------------------------------------------------------------------------------------------------------------
 
-def quiet(transformers, datasets=None):
+def quiet(transformers):
     """Only our table is printed: no bars, no advice."""
     warnings.simplefilter("ignore", FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if datasets:
-        datasets.disable_progress_bars()
 
 
-def load(folder):
-    """-> model with float32 weights, tokenizer, and a clock that TRL's trainers take as a callback."""
+def trl(folder):
+    """What TRL's trainers share -> inputs, the packages trl and datasets, what a trainer takes beside its rows, and
+    settings: one epoch, nothing logged or saved, float32 weights, device and dtype as this project's. Among what it
+    takes is a clock, which `timed` reads."""
+    import datasets
     import transformers
+    import trl as package
 
     class Clock(transformers.TrainerCallback):  # from the epoch's first batch to its last step: whole steps, no set-up
         def on_epoch_begin(self, *_, **__):
@@ -57,15 +58,16 @@ def load(folder):
             synchronize()
             self.end = time.perf_counter()
 
-    return (transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            transformers.AutoTokenizer.from_pretrained(folder), Clock())
-
-
-def common(folder, run):
-    """Settings of every trainer: one epoch, nothing logged or saved, device and dtype as this project's."""
-    return dict(output_dir=folder, num_train_epochs=1, lr_scheduler_type="constant", bf16=run.dtype == torch.bfloat16,
-                use_cpu=run.device.type == "cpu", dataloader_pin_memory=run.device.type == "cuda", disable_tqdm=True,
-                report_to="none", logging_strategy="no", save_strategy="no")
+    quiet(transformers)
+    datasets.disable_progress_bars()
+    inputs, run = read_folder(folder)
+    parts = dict(model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+                 processing_class=transformers.AutoTokenizer.from_pretrained(folder), callbacks=[Clock()])
+    settings = dict(output_dir=folder, num_train_epochs=1, lr_scheduler_type="constant",
+                    bf16=run.dtype == torch.bfloat16, use_cpu=run.device.type == "cpu",
+                    dataloader_pin_memory=run.device.type == "cuda", disable_tqdm=True, report_to="none",
+                    logging_strategy="no", save_strategy="no")
+    return inputs, package, datasets.Dataset, parts, settings
 
 
 def timed(peer, clock):
@@ -80,24 +82,16 @@ def timed(peer, clock):
     return epoch
 
 
-# ---- the candidates --------------------------------------------------------------------------------------------------
-
 def trl_sft(folder, **settings):
     """The same with TRL as it comes: its defaults wherever the result is the same. The rows are given as ids and
     completion mask, what TRL makes of prompt and completion itself, so that both train on the same tokens."""
-    import datasets
-    import transformers
-    import trl
-    quiet(transformers, datasets)
-    inputs, run = read_folder(folder)
+    inputs, package, Dataset, parts, common = trl(folder)
     ids, masks = zip(*inputs["examples"])
-    model, tok, clock = load(folder)
-    peer = trl.SFTTrainer(
-        model=model, processing_class=tok, callbacks=[clock],
-        train_dataset=datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks}),
-        args=trl.SFTConfig(per_device_train_batch_size=inputs["batch_size"], completion_only_loss=True,
-                           learning_rate=1e-5, max_length=model.config.n_positions, **common(folder, run), **settings))
-    return timed(peer, clock)
+    return timed(package.SFTTrainer(
+        **parts, train_dataset=Dataset.from_dict({"input_ids": ids, "completion_mask": masks}),
+        args=package.SFTConfig(per_device_train_batch_size=inputs["batch_size"], completion_only_loss=True,
+                               learning_rate=1e-5, max_length=parts["model"].config.n_positions, **common, **settings)),
+        *parts["callbacks"])
 
 
 def trl_sft_tuned(folder):
@@ -108,23 +102,16 @@ def trl_sft_tuned(folder):
 def trl_dpo(folder, **settings):
     """DPOTrainer makes ids of text alone. So that both train on the same tokens, the ids are put in place of what it
     has made of a row to start with."""
-    import datasets
-    import transformers
-    import trl
-    quiet(transformers, datasets)
-    inputs, run = read_folder(folder)
-    rows = []
-    for (ids, mask), (rejected, rejected_mask) in inputs["pairs"]:
-        rows.append({"prompt_ids": ids[:mask.index(1)], "chosen_ids": ids[mask.index(1):],
-                     "rejected_ids": rejected[rejected_mask.index(1):]})
-    model, tok, clock = load(folder)
-    peer = trl.DPOTrainer(
-        model=model, processing_class=tok, callbacks=[clock],
-        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
-        args=trl.DPOConfig(per_device_train_batch_size=inputs["batch_size"], learning_rate=1e-6, beta=0.3,
-                           max_length=model.config.n_positions, **common(folder, run), **settings))
-    peer.train_dataset = datasets.Dataset.from_list(rows)
-    return timed(peer, clock)
+    inputs, package, Dataset, parts, common = trl(folder)
+    peer = package.DPOTrainer(
+        **parts, train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
+        args=package.DPOConfig(per_device_train_batch_size=inputs["batch_size"], learning_rate=1e-6, beta=0.3,
+                               max_length=parts["model"].config.n_positions, **common, **settings))
+    peer.train_dataset = Dataset.from_list([
+        {"prompt_ids": ids[:mask.index(1)], "chosen_ids": ids[mask.index(1):],
+         "rejected_ids": rejected[rejected_mask.index(1):]}
+        for (ids, mask), (rejected, rejected_mask) in inputs["pairs"]])
+    return timed(peer, *parts["callbacks"])
 
 
 def trl_dpo_tuned(folder):
@@ -134,22 +121,16 @@ def trl_dpo_tuned(folder):
 def trl_rloo(folder, **settings):
     """TRL has no PPO any more: RLOO rolls out, scores and updates as PPO does, without a value model. beta > 0, so
     that it asks its reference too."""
-    import datasets
-    import transformers
-    import trl
-    quiet(transformers, datasets)
-    inputs, run = read_folder(folder)
-    model, tok, clock = load(folder)
-    tok.padding_side = "left"
-    peer = trl.RLOOTrainer(
-        model=model, processing_class=tok, callbacks=[clock],
+    inputs, package, Dataset, parts, common = trl(folder)
+    parts["processing_class"].padding_side = "left"
+    return timed(package.RLOOTrainer(
+        **parts, train_dataset=Dataset.from_dict({"prompt": inputs["questions"]}),
         reward_funcs=lambda completions, **_: marks(answer[-1]["content"] for answer in completions),
-        train_dataset=datasets.Dataset.from_dict({"prompt": inputs["questions"]}),
-        args=trl.RLOOConfig(per_device_train_batch_size=inputs["minibatch"],
-                            generation_batch_size=len(inputs["prompts"]), num_generations=2,
-                            max_completion_length=inputs["new_tokens"], learning_rate=2e-4, beta=0.2,
-                            **common(folder, run), **settings))
-    return timed(peer, clock)
+        args=package.RLOOConfig(per_device_train_batch_size=inputs["minibatch"],
+                                generation_batch_size=len(inputs["prompts"]), num_generations=2,
+                                max_completion_length=inputs["new_tokens"], learning_rate=2e-4, beta=0.2,
+                                **common, **settings)),
+        *parts["callbacks"])
 
 
 def trl_rloo_tuned(folder):

@@ -1,5 +1,4 @@
-"""What bench.py measures: candidates that do the same work, in turn, on the same rows; this project's are here.
-"""
+"""What bench.py measures: candidates that do the same work, in turn, on the same rows; this project's are here."""
 import importlib.util
 import itertools
 import json
@@ -35,7 +34,6 @@ from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
 
 # ---- measuring, the same for every command ---------------------------------------------------------------------------
-
 
 def interleaved(candidates, rounds):
     """{name: function} -> {name: [seconds per round]}. One warm-up round; then each function once a round, in turn.
@@ -95,9 +93,8 @@ def machine():
         device = torch.cuda.get_device_name()
     else:
         cpu, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
-        for line in cpu.read_text().splitlines() if cpu.exists() else ():
-            if line.startswith("model name"):
-                name = line.split(": ")[1]
+        lines = cpu.read_text().splitlines() if cpu.exists() else []
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
         device = f"{name}, {torch.get_num_threads()} threads"
     return f"{device}; torch {torch.__version__}; Python {platform.python_version()}; {platform.system()}"
 
