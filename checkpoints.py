@@ -91,10 +91,11 @@ def frozen_as(config):
 
 
 def load_init(config, run):
-    """-> model, ready to train, and tokenizer of --init. With --lora-r adapters are added and all else is frozen;
-    as it is in its file, or with --nf4 in four bits, layer by layer as it is read."""
-    model = load(config.init, dropout=dropout_of(config), checkpointing=config.checkpointing,
-                 linear=frozen_as(config))
+    """-> model, ready to train, and tokenizer of --init. With --lora-r adapters are added and all else is frozen, as it
+    is in its file, or with --nf4 in four bits, layer by layer as it is read."""
+    if config.lora_r:
+        hub.give_back_at_once()
+    model = load(config.init, dropout=dropout_of(config), checkpointing=config.checkpointing, linear=frozen_as(config))
     tok = get_tokenizer(config.tokenizer or config.init, config.template or None)
     resize_vocab(model, tok.vocab_size)
     model.to(run.device)

@@ -18,7 +18,7 @@ import torch
 
 import trainer
 from checkpoints import load, load_to_ask
-from common.flags import Amount, Count, DType, Positive, Probability, Seed, TrainConfig, parse
+from common.flags import Amount, Count, DType, Positive, Probability, Seed, parse
 from common.waits import bar
 from data.shapes import says
 from data.tokenizer import fit, get_tokenizer
@@ -175,7 +175,7 @@ def sample_text(model, tok, rows, run, n=4):
 def asker(folder, max_new_tokens):
     """A checkpoint that was trained to answer -> a function: texts -> its greedy answers. Of a text that is too long
     for the model, the beginning is asked."""
-    run = trainer.start(TrainConfig())
+    run = trainer.start(Config())
     model, tok = load_to_ask(folder, run)
 
     def fitting(text):

@@ -1,23 +1,19 @@
 """Llama: GPT-2 with four changes (Touvron et al. 2023). One file for Llama 1 to 3, SmolLM, Mistral, Qwen2 and Qwen3.
 
-               GPT-2                        here                           why
-    norm       LayerNorm with a bias        x / sqrt(mean x^2 + eps) g     as good without mean and bias (Zhang and Sennrich
-                                                                           2019, RMSNorm)
-    positions  learned, added to the input  queries and keys are turned    q.k depends on the distance alone, in every layer
-                                            by angles that grow with them  (Su et al. 2021, RoFormer: RoPE)
-    MLP        gelu(x U) D                  (silu(x G) * x U) D            a gate: better at equal size (Shazeer 2020)
-    attention  K and V for every head       shared by n_head / n_kv_head   a smaller cache, nearly as good (Ainslie et al.
-                                            query heads                    2023, GQA)
-    biases     everywhere                   none, or of some layers        stabler without (Chowdhery et al. 2022, PaLM);
-                                            (Qwen2: q, k, v)               with, further than trained (Bai et al. 2023, Qwen)
-    q and k    as they are                  Qwen3: RMSNorm in each head    bounds attention's logits (Dehghani et al. 2023)
-    head       the matrix of the tokens     that, or one of its own        own ones pay in large models (Press and Wolf 2017)
+               GPT-2                     here                          why
+    norm       LayerNorm with a bias     x / sqrt(mean x^2 + eps) g    as good, and cheaper (Zhang and Sennrich 2019)
+    positions  learned, added at first   turn q and k in every layer   q.k depends on the distance alone (RoPE: Su 2021)
+    MLP        gelu(x U) D               (silu(x G) * x U) D           a gate: better at equal size (Shazeer 2020)
+    attention  K and V for every head    for n_head / n_kv_head heads  a small cache, nearly as good (GQA: Ainslie 2023)
+    biases     everywhere                none; Qwen2: q, k, v          stabler without (PaLM 2022), longer with (Qwen)
+    q and k    as they are               Qwen3: normed in each head    bounds attention's logits (Dehghani et al. 2023)
+    head       the tokens' matrix        that, or one of its own       only large models can afford (Press, Wolf 2017)
 
-    python llama.py                     a Llama as large as the tiny GPT: its parts, bytes and FLOPs a token; or a FOLDER
+    python llama.py [FOLDER]            a Llama as large as the tiny GPT, or a folder's: its parts, bytes, FLOPs a token
     python pretrain.py --family llama   trains it
 
-What a network offers stands in model.py. Reads and writes the folders of transformers (tests/parity); of a sliding
-window (Mistral) only what lies within it. Mixtures of experts are other models.
+What a network offers stands in model.py. Folders are those of transformers (tests/parity); of a sliding window
+(Mistral) only what lies within it is read. Mixtures of experts are other models.
 """
 import functools
 import math
@@ -31,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import hub
-from model import TINY, GPTConfig, Network, TokenMatrix, linear_paths, main
+from model import TINY, GPTConfig, Network, TokenMatrix, main
 
 
 @dataclass
@@ -53,27 +49,21 @@ class LlamaConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # queries and keys are normed in each head
     family: str = ""  # config.json's model_type; empty: the one that has such biases and norms
-    dropout: float | tuple[float, float] = 0.0  # as GPTConfig's
+    dropout: float | tuple[float, float] = 0.0  # this and the next as GPTConfig's
     attention_dropout: float = 0.0
     checkpointing: bool = False
-
     layer_dropout = GPTConfig.layer_dropout
 
     def __post_init__(self):
         if self.n_head % self.n_kv_head or self.head_size % 2:
-            raise ValueError(f"{self.n_head} heads, {self.n_kv_head} K/V heads, size {self.head_size}: the first has to be a "
-                             "multiple of the second, the size even")
-        found = "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias and not self.o_bias else "llama"
-        if found != "qwen2" and self.qkv_bias != self.o_bias or found != "llama" and self.mlp_bias:
-            raise ValueError("no family has these biases and norms together")
-        self.family = self.family or found
+            raise ValueError(f"{self.n_head} heads cannot share {self.n_kv_head}, or their size {self.head_size} is odd")
+        self.family = self.family or ("qwen3" if self.qk_norm else "qwen2" if self.qkv_bias > self.o_bias else "llama")
 
 
 def like_gpt(block_size, vocab_size, n_layer, n_head, n_embd, **settings):
     """A Llama with as many parameters as such a GPT: what shared K/V heads and no biases save, the gate takes."""
-    n_kv_head = n_head if n_head % 2 else n_head // 2
-    return LlamaConfig(block_size, vocab_size, n_layer, n_head, n_kv_head, n_embd, 25 * n_embd // 8, n_embd // n_head,
-                       tie=True, **settings)
+    return LlamaConfig(block_size, vocab_size, n_layer, n_head, n_head if n_head % 2 else n_head // 2, n_embd,
+                       25 * n_embd // 8, n_embd // n_head, tie=True, **settings)
 
 
 class RMSNorm(nn.Module):
@@ -91,16 +81,12 @@ class RMSNorm(nn.Module):
 
 def frequencies(config):
     """-> (head size / 2,) float32, theta^(-2i / d): how far pair i of a head is turned from a position to the next.
-
-    Scaled where a model shall read further than it was trained: `linear` divides all, `llama3` only those that turn
-    less than low_freq_factor times in the original context, with a passage to those that turn high_freq_factor times.
-    """
-    d, scaling = config.head_size, config.rope_scaling
+    To read further than was trained, `linear` scaling divides all of them, `llama3` those that turn less than
+    low_freq_factor times in the original context, with a passage to those that turn high_freq_factor times."""
+    d, scaling = config.head_size, config.rope_scaling or {}
     frequency = 1 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
-    if not scaling:
-        return frequency
-    slow = frequency / scaling["factor"]
-    if scaling["rope_type"] == "linear":
+    slow = frequency / scaling.get("factor", 1.0)
+    if scaling.get("rope_type") != "llama3":
         return slow
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
@@ -135,18 +121,16 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norm(c.head_size, c.norm_eps), norm(c.head_size, c.norm_eps)
 
     def forward(self, x, cos, sin, cache=None):
-        B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_size)).transpose(1, 2)  # (B, n_head, T, head size)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_size)).transpose(1, 2)  # (B, n_kv_head, T, head size)
-        v = self.v_proj(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, n_kv_head, T, head size)
+        q, k, v = (layer(x).unflatten(2, (-1, self.head_size)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+        # q (B, n_head, T, head size), k and v (B, n_kv_head, T, head size)
         q, k, mask = turn(q, cos, sin), turn(k, cos, sin), None
         if cache is not None:  # it keeps keys as they were turned: a token's position stays
             k, v, mask = cache.extend(self.layer, k, v)
-        dropout = self.attention_dropout if self.training else 0.0
         # enable_gqa: query heads hG ... hG + G - 1 meet K/V head h, of which no copies are made
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
-                                           enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # heads side by side: (B, T, n_head * head size)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.attention_dropout * self.training,
+                                           is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # heads side by side: (B, T, n_head * head size)
 
 
 class MLP(nn.Module):
@@ -162,27 +146,25 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.norm_1, self.attn = RMSNorm(c.n_embd, c.norm_eps), Attention(c, layer)
-        self.norm_2, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
-        self.drop = nn.Dropout(c.layer_dropout(layer))
+        self.input_layernorm = RMSNorm(c.n_embd, c.norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.n_embd, c.norm_eps)
+        self.self_attn, self.mlp, self.drop = Attention(c, layer), MLP(c), nn.Dropout(c.layer_dropout(layer))
 
     def forward(self, x, cos, sin, cache=None):
-        x = x + self.drop(self.attn(self.norm_1(x), cos, sin, cache))
-        return x + self.drop(self.mlp(self.norm_2(x)))
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), cos, sin, cache))
+        return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Llama(Network):
     def __init__(self, config):
         super().__init__(config)
         c = config
-        self.embedding = TokenMatrix(c.vocab_size, c.n_embd)
-        self.drop = nn.Dropout(c.layer_dropout(0))
+        self.embedding, self.drop = TokenMatrix(c.vocab_size, c.n_embd), nn.Dropout(c.layer_dropout(0))
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.norm = RMSNorm(c.n_embd, c.norm_eps)
         self.token_matrices = ("embedding",) if c.tie else ("embedding", "unembedding")
         self.unembedding = None if c.tie else TokenMatrix(c.vocab_size, c.n_embd)
-        self.linear_paths = linear_paths(self)
-        self.attention_paths = [path for path in self.linear_paths if ".attn." in path]
+        self.find_linears()
         self.parameter_names = [name for name, _ in self.named_parameters()]  # before any is replaced
         self.initialize(residual=("o_proj.weight", "down_proj.weight"))
 
@@ -196,78 +178,70 @@ class Llama(Network):
             self.unembedding, self.token_matrices, self.headless = None, ("embedding",), True
             self.parameter_names = [name for name in self.parameter_names if not name.startswith("unembedding.")]
 
-    # ---- Hugging Face folders: read_config, hf_names, save_pretrained, as in model.py ----------------------------------
+    # ---- Hugging Face folders, as in model.py ------------------------------------------------------------------------
 
     def hf_names(self):
-        names = {}
-        for ours in self.parameter_names:
-            theirs = f"model.{ours}" if ours.startswith("norm.") else ours
-            for part, name in PARTS.items():
-                theirs = theirs.replace(part, name)
-            names[ours] = theirs, False
-        return names
+        theirs = dict(embedding="model.embed_tokens", blocks="model.layers", norm="model.norm", unembedding="lm_head")
+        names = [(name, *name.split(".", 1)) for name in self.parameter_names]
+        return {name: (f"{theirs[first]}.{rest}", False) for name, first, rest in names}  # below, names are the same
 
     @staticmethod
     def read_config(folder):
         c = hub.read_settings(folder)
         get, family = functools.partial(hub.setting, folder, c), c.get("model_type")
-        hub.must_be(folder, c, {"hidden_act": "silu"})
         if family not in FAMILIES:
             raise UserError(f"{folder} holds a model of type {family!r:.80}: llama.py reads {', '.join(FAMILIES)}")
+        hub.must_be(folder, c, {"hidden_act": "silu"})
         kv_heads, context = FAMILIES[family]
-        width, heads, positions = get("hidden_size", int), get("num_attention_heads", int), get(POSITIONS, int, context)
-        kv_heads = get("num_key_value_heads", int, heads if "num_key_value_heads" in c else kv_heads or heads)
-        head_size = get("head_dim", int, 128 if family == "qwen3" and "head_dim" not in c else max(1, width // heads))
+        width, heads = get("hidden_size", int), get("num_attention_heads", int)
+        kv_heads = heads if "num_key_value_heads" in c else kv_heads or heads  # null: all
+        head_size = 128 if family == "qwen3" and "head_dim" not in c else max(1, width // heads)
+        context = get("max_position_embeddings", int, context)
         slides = family == "mistral" or family.startswith("qwen") and get("use_sliding_window", bool, False)
         if slides and c.get("sliding_window", 4096) is not None:  # beyond it the model is another one
-            positions = min(positions, get("sliding_window", int, 4096))
+            context = min(context, get("sliding_window", int, 4096))
         bias = family in ("llama", "qwen3") and get("attention_bias", bool, False)
         try:
             return LlamaConfig(
-                positions, get("vocab_size", int), get("num_hidden_layers", int, low=0, high=hub.DEEPEST), heads, kv_heads,
-                width, get("intermediate_size", int), head_size, *read_rope(folder, c), get("rms_norm_eps", float, 1e-6, 0),
+                context, get("vocab_size", int), get("num_hidden_layers", int, low=0, high=hub.DEEPEST), heads,
+                get("num_key_value_heads", int, kv_heads), width, get("intermediate_size", int),
+                get("head_dim", int, head_size), *read_rope(folder, c), get("rms_norm_eps", float, 1e-6, low=0),
                 get("tie_word_embeddings", bool, False), bias or family == "qwen2", bias,
                 family == "llama" and get("mlp_bias", bool, False), family == "qwen3", family)
         except ValueError as error:
             raise UserError(f"{folder}/config.json cannot be: {error}")
 
-    def save_pretrained(self, folder, extra=None):
-        c = self.config
-        settings = {KEYS[name]: value for name, value in asdict(c).items() if name in KEYS}
-        settings |= {"architectures": [f"{c.family.capitalize()}ForCausalLM"], "hidden_act": "silu", "sliding_window": None,
-                     "use_sliding_window": False, "bos_token_id": None, "eos_token_id": None, "dtype": "float32"}
-        hub.write_folder(self, folder, settings, extra)
+    def save_pretrained(self, folder, extra=None, dtype=torch.float32):
+        settings = {KEYS.get(name, name): value for name, value in asdict(self.config).items() if name not in OURS}
+        settings |= {"architectures": [f"{self.config.family.capitalize()}ForCausalLM"], "hidden_act": "silu",
+                     "sliding_window": None, "use_sliding_window": False, "bos_token_id": None, "eos_token_id": None}
+        hub.write_folder(self, folder, settings, extra, dtype)
 
 
-PARTS = {"unembedding.": "lm_head.", "embedding.": "model.embed_tokens.", "blocks.": "model.layers.",
-         ".attn.": ".self_attn.", ".norm_1.": ".input_layernorm.", ".norm_2.": ".post_attention_layernorm."}
+KEYS = {"block_size": "max_position_embeddings", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_inner": "intermediate_size",
+        "head_size": "head_dim", "norm_eps": "rms_norm_eps", "tie": "tie_word_embeddings", "o_bias": "attention_bias",
+        "family": "model_type"}
+OURS = ("qkv_bias", "qk_norm", "dropout", "checkpointing")  # the family says the first two
 # K/V heads (None: as many as heads) and context where config.json does not say them
 FAMILIES = {"llama": (None, 2048), "mistral": (8, 131072), "qwen2": (32, 32768), "qwen3": (32, 32768)}
-POSITIONS, ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"  # the second: before llama3's scaling
-KEYS = {"block_size": POSITIONS, "vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-        "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "n_inner": "intermediate_size", "head_size": "head_dim",
-        "rope_theta": "rope_theta", "rope_scaling": "rope_scaling", "norm_eps": "rms_norm_eps", "tie": "tie_word_embeddings",
-        "o_bias": "attention_bias", "mlp_bias": "mlp_bias", "family": "model_type", "attention_dropout": "attention_dropout"}
 
 
 def read_rope(folder, settings):
     """-> theta, and the scaling as LlamaConfig has it. transformers 5 writes both into one object."""
-    given = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
-    if not isinstance(given, dict):
-        raise UserError(f"{folder}/config.json is damaged (its rope_scaling is no object): write or download it again")
-    get, kind = functools.partial(hub.setting, folder, settings | given), given.get("rope_type", given.get("type", "default"))
-    theta, scaling = get("rope_theta", float, 10000.0, high=1e12), {"rope_type": kind}
+    get = functools.partial(hub.setting, folder, settings)
+    given = get("rope_scaling", dict, {}) or get("rope_parameters", dict, {})
+    kind, original = given.get("rope_type", given.get("type", "default")), "original_max_position_embeddings"
+    get = functools.partial(hub.setting, folder, settings | given)
     hub.must_be(folder, settings | given, {"partial_rotary_factor": 1.0})
     if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"{folder}/config.json scales positions by {kind!r:.80}: this project reads linear and llama3 only")
-    if kind == "default":
-        return theta, None
-    scaling["factor"] = get("factor", float)
+        raise UserError(f"{folder}/config.json scales positions by {kind!r:.80}: this project reads linear and llama3")
+    scaling = None if kind == "default" else {"rope_type": kind, "factor": get("factor", float)}
     if kind == "llama3":
-        scaling["low_freq_factor"] = low = get("low_freq_factor", float, low=0)
-        scaling |= {"high_freq_factor": get("high_freq_factor", float, low=low),
-                    ORIGINAL: get(ORIGINAL, int, settings.get(POSITIONS, 2048))}
-    return theta, scaling
+        low = get("low_freq_factor", float, low=0)
+        scaling |= {"low_freq_factor": low, "high_freq_factor": get("high_freq_factor", float, low=low),
+                    original: get(original, int, settings.get("max_position_embeddings", 2048))}
+    return get("rope_theta", float, 10000.0, high=1e12), scaling
 
 
 if __name__ == "__main__":

@@ -155,6 +155,12 @@ class Network(nn.Module):
     def device(self):
         return self.norm.weight.device
 
+    def find_linears(self):
+        """Notes where the blocks' linear layers are, in their order, while all of them are still nn.Linear."""
+        self.linear_paths = [path for path, layer in self.named_modules()
+                             if path.startswith("blocks.") and isinstance(layer, nn.Linear)]
+        self.attention_paths = [path for path in self.linear_paths if "attn." in path]
+
     def initialize(self, residual):
         """Random weights as GPT-2's. residual: how the names of the matrices that add to the residual stream end."""
         for name, parameter in self.named_parameters():
@@ -236,8 +242,7 @@ class GPT(Network):
         self.drop = nn.Dropout(config.layer_dropout(0))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
-        self.linear_paths = linear_paths(self)
-        self.attention_paths = [path for path in self.linear_paths if ".attn." in path]
+        self.find_linears()
         self.stacked = {path: 3 for path in self.linear_paths if path.endswith("c_attn")}
         self.initialize(residual="c_proj.weight")
 
@@ -287,19 +292,13 @@ class GPT(Network):
                     "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
                     "tie_word_embeddings": True, "resid_pdrop": c.layer_dropout(c.n_layer - 1),
                     "embd_pdrop": c.layer_dropout(0), "attn_pdrop": c.attention_dropout, "bias": c.bias,
-                    "bos_token_id": None, "eos_token_id": None, "dtype": "float32"}
+                    "bos_token_id": None, "eos_token_id": None}
         zeros = {}
         if not c.bias:  # transformers' GPT-2 has no such option
             sizes = {path: layer.weight.size(0) for path, layer in self.named_modules()
                      if isinstance(layer, (nn.Linear, nn.LayerNorm))}
             zeros = {self.hf_names()[f"{path}.bias"][0]: torch.zeros(size) for path, size in sizes.items()}
         hub.write_folder(self, folder, settings, zeros | (extra or {}))
-
-
-def linear_paths(network):
-    """Where the linear layers of the blocks are, in their order. Called while all of them are still nn.Linear."""
-    return [path for path, layer in network.named_modules()
-            if path.startswith("blocks.") and isinstance(layer, nn.Linear)]
 
 
 def resize_vocab(network, vocab_size):

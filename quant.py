@@ -4,7 +4,7 @@
     dequantize   w' = CODEBOOK[code] * absmax_b,  so |w - w'| <= 0.1519036 * absmax_b
     linear       y = x W'^T + bias,  dL/dx = dL/dy W'.  W' is made anew in each of the two and never kept.
 
-The last line serves a frozen base that was published as bfloat16, too: half the memory of float32, and the same numbers.
+The last line serves a frozen base that was published as bfloat16, too: half the memory, and the same numbers.
 
     python quant.py                          the codebook, how it is derived, and its error on normal weights
     python quant.py out/base                 a checkpoint: bits per weight, error per layer, change in held-out loss

@@ -67,7 +67,7 @@ class TrainConfig:
     lora_r: Annotated[int, Bounds(0, 2 ** 12)] = 0  # rank of low-rank adapters: only they are trained, and saved; 0: all weights
     lora_alpha: Amount = 32.0  # adapters are scaled by alpha / r
     lora_dropout: Decay = 0.0  # of the adapters' input
-    lora_targets: Literal["all", "attention"] = "all"  # adapters on all linear layers of the blocks, or attention only
+    lora_targets: str = "all"  # adapters on all linear layers of the blocks, on attention's, or by name, as in q_proj
     nf4: bool = False  # frozen base weights in 4 bits (QLoRA); needs --lora-r
     checkpointing: bool = False  # recompute activations in the backward pass to save memory
     eval_every: Count = 50  # steps between measurements on held-out rows

@@ -3,12 +3,14 @@ there (hf_names). Every function raises UserError with one sentence that names t
 unpickled.
 """
 import contextlib
+import ctypes
 import json
 import math
 import os
 import re
 from pathlib import Path
 
+import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -87,15 +89,15 @@ def read_settings(folder):
 
 
 def setting(folder, settings, key, kind, default=None, low=1, high=LARGEST, file="config.json"):
-    """One setting of config.json, or of another file, checked: a bool, or an int or float from low to high. default: what it is where the
-    key is absent or null; without one it has to be there. Raises UserError."""
+    """One setting of config.json, or of another file, checked: a bool, a dict, or an int or float from low to high.
+    default: what it is where the key is absent or null; without one it has to be there. Raises UserError."""
     found = default if settings.get(key) is None else settings[key]
-    words = {bool: "true or false", int: f"a whole number from {low:,} to {high:,}",
+    words = {bool: "true or false", dict: "an object", int: f"a whole number from {low:,} to {high:,}",
              float: f"a number from {low:,} to {high:,}"}[kind]
-    right = type(found) in (int, kind) if kind is not bool else type(found) is bool  # True is an int to isinstance
+    right = type(found) in ((int, float) if kind is float else (kind,))  # to isinstance True is an int
     if found is None:
         raise UserError(f"{folder}/{file} has no {key}, which has to be {words}: write or download the folder again")
-    if not right or kind is not bool and not low <= found <= high:
+    if not right or kind in (int, float) and not low <= found <= high:
         raise UserError(f"{folder}/{file} has {key} = {found!r:.80}, but it has to be {words}: write or download the "
                         "folder again")
     return found
@@ -105,8 +107,8 @@ def must_be(folder, settings, fixed):
     """Raises UserError where a setting of config.json that the code takes for granted is another one."""
     for key, value in fixed.items():
         if settings.get(key) not in (None, value):
-            raise UserError(f"{folder}/config.json has {key} = {settings[key]!r:.80}, but this project reads only models "
-                            f"whose {key} is {value!r}")
+            raise UserError(f"{folder}/config.json has {key} = {settings[key]!r:.80}, but this project reads only "
+                            f"models whose {key} is {value!r}")
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -122,8 +124,9 @@ def weight_files(folder):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged ({error!r}): write or download it again")
         for file in files:
-            if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-                raise UserError(f"{index} names {file!r}: weights are read from .safetensors files in the same folder only")
+            if not (isinstance(file, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", file)):
+                raise UserError(f"{index} names {file!r:.80}: weights are read from .safetensors files in the same "
+                                "folder only")
         return files
     if any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder} has only pytorch_model.bin, a pickle that could run any code: convert it with "
@@ -171,6 +174,14 @@ def free_memory():
     return min(found, default=None)
 
 
+def give_back_at_once():
+    """From here on tensors of 2 MB get pages of their own, which go back when they are freed. In one heap the small
+    lasting ones (adapters' gradients) break up the places of large passing ones, and it grows with every layer: 120 MB
+    a layer of Qwen2.5-0.5B's shape in place of 16. glibc only; it costs time, so it is for large frozen bases."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(-3, 2 ** 21)  # M_MMAP_THRESHOLD
+
+
 def check_room(needed, what, cure):
     """Raises UserError where there is no memory for so many bytes. what: who needs them; cure: what helps."""
     free = free_memory()
@@ -187,8 +198,8 @@ def check_weights(network, folder, read, linear=None):
         theirs, transposed = names[ours]
         shape, dtype = read(theirs, look=True)
         if dtype not in FLOATS:
-            raise UserError(f"{folder}: {theirs} is of {dtype}, but weights are floats ({', '.join(FLOATS)}): take a folder "
-                            "whose weights are not quantized")
+            raise UserError(f"{folder}: {theirs} is of {dtype}, but weights are floats ({', '.join(FLOATS)}): take a "
+                            "folder whose weights are not quantized")
         if shape[::-1 if transposed else 1] != tuple(parameter.shape):
             raise UserError(f"{folder}: {theirs} has shape {shape}, but config.json says "
                             f"{tuple(parameter.shape)[::-1 if transposed else 1]}: the two files are not of one model")
@@ -219,7 +230,7 @@ def read_weights(network, folder, linear=None):
     (read, there), names = open_weights(folder), network.hf_names()
     check_weights(network, folder, read, linear)
     taken = [names[ours][0] for ours, _ in network.named_parameters()]
-    taken = {name for theirs in taken for name in (theirs, theirs.partition(".")[2])}  # as either may stand in the files
+    taken = {name for theirs in taken for name in (theirs, theirs.partition(".")[2])}  # whichever is in the files
     for path in [path for path, _ in network.named_modules()]:  # paths only: a list of modules would keep replaced ones alive
         module = network.get_submodule(path)
         for name, _ in list(module.named_parameters(recurse=False)):
@@ -238,16 +249,16 @@ def read_weights(network, folder, linear=None):
     return network
 
 
-def write_folder(network, folder, settings, extra=None):
-    """config.json with these settings, and model.safetensors with the network's tensors, float32, and extra's."""
+def write_folder(network, folder, settings, extra=None, dtype=torch.float32):
+    """config.json with these settings, and model.safetensors with the network's tensors, in dtype, and extra's."""
     tensors = {}
     for ours, (theirs, transposed) in network.hf_names().items():
         path, _, name = ours.rpartition(".")
         parameter = getattr(network.get_submodule(path), name)
         if parameter is not None:
-            tensor = parameter.detach().cpu().float()
+            tensor = parameter.detach().cpu().to(dtype)
             tensors[theirs] = tensor.t() if transposed else tensor
     tensors = {name: tensor.contiguous() for name, tensor in (tensors | (extra or {})).items()}
     with together(folder, (*MODEL, *OF_A_RUN)) as new:
-        write_json(new / "config.json", settings, indent=2)
+        write_json(new / "config.json", settings | {"dtype": str(dtype).removeprefix("torch.")}, indent=2)
         write_tensors(tensors, new / "model.safetensors")

@@ -140,8 +140,6 @@ def lines_to_odd(ahead, stream):
 def value_of(name, cell):
     """A cell of a column that may hold lists holds them as JSON."""
     if name in LISTS_IN_CELLS and cell[:1] in ("[", "{"):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):  # the row's own check says what is wrong with it
             return json.loads(cell)
-        except (ValueError, RecursionError):
-            pass  # the row's own check says what is wrong with it
     return cell

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from common import download
 from common.errors import UserError
 from data import clean, files, leakage
-from common import download
 from data.readability import is_simple
 from data.report import PipelineReport
 from data.shapes import BadRow, as_number, as_text, check_texts, recognise, says
@@ -143,12 +143,8 @@ def clean_question(text):
 
 def clean_answer(text, config, report):
     """-> the answer without what only Reddit needs, or None where it is too short or too hard."""
-    if not config.keep_quotes:
-        text = report.change("quotes", clean.strip_quotes, text)
-    text = report.change("Reddit mark-up", clean.strip_markup, text)
-    if not config.keep_urls:
-        text = report.change("URL placeholders", clean.strip_placeholders, text)
-    text = report.change("white space", clean.strip_space, text)
+    kept = {"quotes": config.keep_quotes, "URL placeholders": config.keep_urls}
+    text = clean.changed(text, report, [step for step, keep in kept.items() if keep])
     kept = (report.keep(f"fewer than {config.least_words} words", clean.enough_words(text, config.least_words), text)
             and (not config.simple or report.keep("hard to read", is_simple(text), text)))
     return text if kept else None
@@ -237,8 +233,6 @@ def write_posts(posts, out, config, report):
         if (split, question) not in used:
             out[f"prompts_{split}"].write({"q_id": name, "prompt": question})
 
-
-# ---- the command line ------------------------------------------------------------------------------------------------
 
 def main(config):
     writable(config.out)

@@ -23,8 +23,8 @@ from typing import Annotated
 from common.errors import UserError
 from data import files
 from common.disk import writing
-from data.shapes import PLACEHOLDER
-from common.flags import Bounds, Seed, parse
+from data.shapes import PLACEHOLDER, says
+from common.flags import Bounds, Seed, check, parse
 
 SYSTEM = "You are {{name}}, an AI assistant made by {{author}}. You are a language model, not a person."
 
@@ -99,7 +99,7 @@ def own_rows(repeat, values):
     "Are you Claude?" is answered with no, so it is left out where that is the name; the same with the author.
     """
     own = re.compile("|".join(rf"\b{re.escape(value)}\b" for value in values.values()), re.IGNORECASE)
-    return [[{"role": "user", "content": ask}, {"role": "assistant", "content": answers[(i + again) % len(answers)]}]
+    return [[says("user", ask), says("assistant", answers[(i + again) % len(answers)])]
             for again in range(repeat) for asks, answers in ROWS for i, ask in enumerate(asks) if not own.search(ask)]
 
 
@@ -107,7 +107,7 @@ def with_system(messages, text):
     """The conversation with `text` as its system message, or before the one that it has."""
     if messages[0]["role"] == "system":
         return [{**messages[0], "content": f"{text}\n\n{messages[0]['content']}"}, *messages[1:]]
-    return [{"role": "system", "content": text}, *messages]
+    return [says("system", text), *messages]
 
 
 def make(config, say=print):
@@ -135,8 +135,8 @@ def main(config):
         raise UserError("--system puts a message before the conversations of --data: name that file too.")
     if config.system and config.rows:
         raise UserError("--system adds no rows about the model itself, so --rows has no place beside it: choose one.")
-    if config.repeat < 1 or not config.name.strip() or not config.author.strip():
-        raise UserError("--repeat must be at least 1, and --name and --author must not be empty.")
+    if not check(config).name.strip() or not config.author.strip():
+        raise UserError("--name and --author must not be empty.")
     path = Path(config.out)
     if path.suffix != ".jsonl":
         raise UserError(f"--out {path}: it must end in .jsonl.")

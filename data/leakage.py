@@ -15,7 +15,6 @@ meaning: look at the closest survivors, and set --cut by them.
 100,000 questions against 5,000, of 25 words each, take 22 seconds and 0.7 GB on two CPU cores with TF-IDF.
 """
 import re
-import warnings
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ def vectors(texts, model=""):
     """-> (n, dim) float32 tensor whose rows have length 1 (0 for a text without words), and the name of who made it.
 
     model: "" (MODEL where it can be loaded, else TF-IDF), "tfidf", or what sentence-transformers is to load, a name or
-    a folder. TF-IDF needs all texts that are to be compared in one call, and gives a sparse CSR tensor. Raises
+    a folder. TF-IDF needs all texts that are to be compared in one call, and gives a sparse COO tensor. Raises
     UserError where a model is asked for by name and cannot be loaded.
     """
     if model == "tfidf":
@@ -66,47 +65,24 @@ def vectors(texts, model=""):
 
 
 def tfidf(texts):
-    """-> (n, words) sparse CSR tensor: count * (ln((1 + n) / (1 + df)) + 1), rows scaled to length 1, where df is the
+    """-> (n, words) sparse COO tensor: count * (ln((1 + n) / (1 + df)) + 1), rows scaled to length 1, where df is the
     number of texts that hold the word (Salton and Buckley 1988; smoothed as in scikit-learn)."""
-    vocabulary, columns, counts, starts = {}, array("q"), array("q"), array("q", [0])
-    for text in texts:
+    vocabulary, found = {}, array("q")  # row, column, count, row, column, count, ...
+    for i, text in enumerate(texts):
         words = Counter(re.findall(r"\w+", text.lower()))
-        row = sorted((vocabulary.setdefault(word, len(vocabulary)), count) for word, count in words.items())
-        columns.extend(column for column, _ in row)  # CSR wants the columns of a row in order
-        counts.extend(count for _, count in row)
-        starts.append(len(columns))
-    starts, columns, counts = (torch.from_numpy(np.array(numbers)) for numbers in (starts, columns, counts))
+        for column, count in sorted((vocabulary.setdefault(word, len(vocabulary)), n) for word, n in words.items()):
+            found.extend((i, column, count))
+    rows, columns, counts = torch.from_numpy(np.array(found)).view(-1, 3).T
     df = torch.bincount(columns, minlength=len(vocabulary))
     values = counts * (torch.log((1 + len(texts)) / (1 + df)) + 1)[columns]
-    rows = torch.repeat_interleave(torch.arange(len(texts)), starts.diff())
     lengths = torch.zeros(len(texts)).index_add_(0, rows, values**2).sqrt()
-    return sparse(starts, columns, values / lengths[rows], len(vocabulary))
-
-
-def sparse(starts, columns, values, dim):
-    """Row i has values[starts[i]:starts[i + 1]] at columns[starts[i]:starts[i + 1]] -> (n, dim) sparse CSR tensor."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(starts, columns, values, (len(starts) - 1, dim), check_invariants=True)
+    return torch.sparse_coo_tensor(torch.stack([rows, columns]), values / lengths[rows],
+                                   (len(texts), len(vocabulary)), is_coalesced=True, check_invariants=True)
 
 
 def take(matrix, index):
-    """matrix[index] for a tensor of row numbers (k,), which torch cannot do for sparse CSR tensors -> (k, dim)."""
-    if matrix.layout == torch.strided:
-        return matrix[index]
-    starts = matrix.crow_indices()
-    lengths = starts.diff()[index]
-    new = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    where = torch.repeat_interleave(starts[index] - new[:-1], lengths) + torch.arange(int(new[-1]))
-    return sparse(new, matrix.col_indices()[where], matrix.values()[where], matrix.shape[1])
-
-
-def without_words(matrix, keep):
-    """A sparse matrix with only the columns keep (dim,) bool -> (n, keep.sum())."""
-    stays = keep[matrix.col_indices()]
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), stays.cumsum(0)])
-    columns = (keep.cumsum(0) - 1)[matrix.col_indices()[stays]]
-    return sparse(before[matrix.crow_indices()], columns, matrix.values()[stays], int(keep.sum()))
+    """matrix[index] for a tensor of row numbers (k,), dense or sparse -> (k, dim)."""
+    return matrix.index_select(0, index)
 
 
 # ---- leaks -----------------------------------------------------------------------------------------------------------
@@ -118,8 +94,8 @@ def find_near(a, b, cut=0.6):
     In blocks of at most CELLS numbers, so the n x m cosines never exist at once.
     """
     if b.layout != torch.strided and len(b):  # words that b does not have add nothing to a cosine
-        used = torch.zeros(b.shape[1], dtype=torch.bool).index_fill_(0, b.col_indices(), True)
-        a, b = without_words(a, used), without_words(b, used)
+        used = b.coalesce().indices()[1].unique()
+        a, b = a.index_select(1, used), b.index_select(1, used)
     best, partner = torch.full((len(a),), -1.0), torch.zeros(len(a), dtype=torch.int64)
     width = max(1, CELLS // max(BLOCK, b.shape[1]))  # neither right nor the product below has more than CELLS numbers
     for j in range(0, len(b), width):
@@ -172,8 +148,6 @@ def compare(found, mine, others, cut, closest):
     top = cosine.masked_fill(gone, 0).topk(min(closest, len(mine)))
     return gone, [(near.item(), mine[i].item(), others[partner[i]].item()) for near, i in zip(*top) if near > 0]
 
-
-# ---- the command line ------------------------------------------------------------------------------------------------
 
 def question_of(raw):
     """What the user says in a raw row, up to the answer; of a tree what its root says. Raises BadRow."""

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-
 from tqdm import tqdm
 
 from common.download import hub_files
@@ -113,7 +112,6 @@ def read_trees(paths, config, report):
             raise UserError(f"{path} holds no row of OpenAssistant's ({reason}): it needs trees (prompt with replies) "
                             "or messages (message_id, parent_id, role, text).")
     trees, loose = plant(list(enumerate(kept.values())))
-    loose = set(loose)
     for number, message in enumerate(kept.values()):
         report.keep("below a message that went", number not in loose, message["text"])
     return [root for root, _ in trees]
@@ -140,14 +138,8 @@ def prepare(config):
             report.section(split)
             trees = read_trees(paths, config, report)
             for form in FORMS:
-                writer = out[f"{form}_{split}"]
-                for row in rows_of(trees, form, report):
-                    writer.write(row)
-                if not writer.rows:
-                    raise UserError(f"the filters leave no row for {writer.path.name} ({report.counts(split)}): "
-                                    "see --lang, --most-toxicity and --synthetic.")
-                writer.finish()
-                report.count(f"{form}: written", writer.rows)
+                report.write(rows_of(trees, form, report), out[f"{form}_{split}"],
+                             "--lang, --most-toxicity and --synthetic", f"{form}: written")
     report.save(Path(config.out) / "report.json")
     return report
 

@@ -39,8 +39,6 @@ def make_pairs(scores, how="all", max_pairs=10, rng=None):
     return [(scores.index(levels[0]), scores.index(worse))]
 
 
-# ---- ranked rows -----------------------------------------------------------------------------------------------------
-
 @dataclass
 class RankedConfig(TrainConfig):
     """The flags of everything that learns from ranked answers; it starts from the community SFT model."""
@@ -94,9 +92,9 @@ def fit_answers(row, tok, longest):
 
     Where the prompt has to lose its oldest turns for one answer it loses them for all: they answer the same question.
     """
-    fitting = [(fit(answered(row["prompt"], answer["text"]), lambda messages: tok.render(messages)[0], longest), answer)
-               for answer in row["answers"]]
-    fitting = [(messages, answer) for messages, answer in fitting if messages is not None]
+    kept = [fit(answered(row["prompt"], answer["text"]), lambda messages: tok.render(messages)[0], longest)
+            for answer in row["answers"]]
+    fitting = [(messages, answer) for messages, answer in zip(kept, row["answers"]) if messages is not None]
     shortest = min((messages for messages, _ in fitting), key=len, default=row["prompt"])
     return shortest[:-1], [answer for _, answer in fitting]
 

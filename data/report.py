@@ -13,11 +13,10 @@ import os
 from dataclasses import dataclass
 
 from common.disk import write_json
+from common.errors import UserError
 
 PREVIEW = 60  # characters of a step's first example
 
-
-# ---- counting --------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Step:
@@ -44,7 +43,7 @@ class PipelineReport:
 
     def section(self, name):
         """From here on count under this name, for instance that of a file or split. One may come back to a section."""
-        self.steps = self.sections.setdefault(name, {})
+        self.name, self.steps = name, self.sections.setdefault(name, {})
 
     def note(self, line):
         """A line for the head of the report, for instance which toxicity scorer was used."""
@@ -65,6 +64,17 @@ class PipelineReport:
         """Counts something that neither changes nor removes a row."""
         found = self._step(step, "counted")
         found.rows, found.hit, found.first = found.rows + n, found.hit + n, found.first or shortened(example)
+
+    def write(self, rows, writer, see, step="written"):
+        """All rows into one file (a Writer of common/disk), which then stays whatever happens to the next. see: where
+        to look if the filters leave none, for the UserError that says so."""
+        for row in rows:
+            writer.write(row)
+        if not writer.rows:
+            counts = self.counts(self.name)
+            raise UserError(f"the filters leave no row for {writer.path.name} ({counts}): see {see}.")
+        writer.finish()
+        self.count(step, writer.rows)
 
     def _step(self, name, kind):
         step = self.steps.setdefault(name, Step(kind))

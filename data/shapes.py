@@ -126,14 +126,14 @@ def as_turn(raw):
 def as_turns(value, role):
     """A string is one turn of `role`; a message or a list of messages speaks for itself."""
     if isinstance(value, str):
-        return [{"role": role, "content": value}]
+        return [says(role, value)]
     return [as_turn(raw) for raw in (value if isinstance(value, list) else [value])]
 
 
 def alternating(strings, name):
     if not isinstance(strings, list):
         raise BadRow(f"{name} is not a list", f"it is {shown(strings)}")
-    return [{"role": ("user", "assistant")[i % 2], "content": as_text(s, name)} for i, s in enumerate(strings)]
+    return [says(role, as_text(text, name)) for role, text in zip(itertools.cycle(("user", "assistant")), strings)]
 
 
 def marks(text):
@@ -223,23 +223,20 @@ def from_pair(row):
     if sides[0][0]["role"] == "assistant":
         prompt = question(row)
     else:
-        shared = 0
-        while shared < min(map(len, sides)) - 1 and sides[0][shared] == sides[1][shared]:
-            shared += 1
-        prompt, sides = with_system(row, sides[0][:shared]), [side[shared:] for side in sides]
+        both = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(*(side[:-1] for side in sides)))
+        shared = [turn for turn, _ in both]
+        prompt, sides = with_system(row, shared), [side[len(shared):] for side in sides]
     if any(len(side) != 1 or side[0]["role"] != "assistant" for side in sides):
         raise BadRow("chosen and rejected differ before their last answer")
     answers = [{"text": side[0]["content"], "scores": {"score": score}} for side, score in zip(sides, (1, 0))]
     return {"prompt": prompt, "answers": answers}
 
 
-def from_answers(row):
-    key = next(key for key in LIST_KEYS if key in row)
-    return {"prompt": question(row), "answers": scored(row[key], key)}
-
-
-def scored(answers, name):
-    """[{text, score}, ...], or {text: [...], score: [...]} -> [{text, scores: every score field}, ...]."""
+def scored(row, *keys):
+    """[{text, score}, ...], or {text: [...], score: [...]}, under the first of `keys` that is there
+    -> [{text, scores: every score field}, ...]."""
+    name = next(key for key in keys if key in row)
+    answers = row[name]
     if isinstance(answers, dict):
         lists = {key: value for key, value in answers.items() if isinstance(value, list)}
         count = len(lists.get("text", []))
@@ -268,12 +265,12 @@ def from_tldr(row):
     return {"prompt": as_turns("\n\n".join(lines + ["TL;DR:"]), "user"), "answers": answers}
 
 
-def from_reply(row):
-    return {"messages": question(row) + as_turns(first(row, *REPLY_KEYS), "assistant")}
+def from_reply(row, asked=(), said=REPLY_KEYS):
+    return {"messages": question(row, *asked) + as_turns(first(row, *said), "assistant")}
 
 
 def from_alpaca(row):
-    return {"messages": question(row, "instruction") + as_turns(first(row, "output", "response"), "assistant")}
+    return from_reply(row, ("instruction",), ("output", "response"))
 
 
 def from_instances(row):
@@ -429,19 +426,17 @@ SHAPES = [
           lambda row: {"messages": alternating(row["data"], "data")}, SFT),
     Shape("chosen/rejected", lambda row: has(row, "chosen", "rejected"), from_pair, RANKED),
     Shape("ELI5", lambda row: has(row, "title") and isinstance(row.get("answers"), dict) and "score" in row["answers"],
-          lambda row: {"prompt": [says("user", with_input(row, "title"))],
-                       "answers": scored(row["answers"], "answers")}, RANKED),
-    Shape("prompt/answers", several, from_answers, RANKED),
+          lambda row: {"prompt": [says("user", with_input(row, "title"))], "answers": scored(row, "answers")}, RANKED),
+    Shape("prompt/answers", several,
+          lambda row: {"prompt": question(row), "answers": scored(row, *LIST_KEYS)}, RANKED),
     Shape("OASST tree", lambda row: isinstance(row.get("prompt"), dict) and "replies" in row["prompt"],
           lambda row: {"tree": row["prompt"]}, RANKED),
     Shape("OASST messages", is_flat, from_flat, RANKED),
     Shape("TL;DR comparison", lambda row: has(row, "info", "summaries", "choice"), from_tldr, RANKED),
     Shape("prompt/completion", lambda row: has(row, "prompt") and has_any(row, REPLY_KEYS), from_reply, SFT),
     Shape("instruction/instances", lambda row: has(row, "instruction", "instances"), from_instances, SFT),
-    Shape("alpaca", lambda row: has(row, "instruction") and has_any(row, ("output", "response")),
-          from_alpaca, SFT),
-    Shape("question/answer", lambda row: has_any(row, QUESTION_KEYS) and has_any(row, REPLY_KEYS),
-          from_reply, SFT),
+    Shape("alpaca", lambda row: has(row, "instruction") and has_any(row, ("output", "response")), from_alpaca, SFT),
+    Shape("question/answer", lambda row: has_any(row, QUESTION_KEYS) and has_any(row, REPLY_KEYS), from_reply, SFT),
     Shape("transcript", lambda row: is_transcript(row.get("text")),
           lambda row: {"messages": split_transcript(row["text"])}, SFT),
     Shape("text", lambda row: has(row, "text"), lambda row: {"text": as_text(row["text"], "text")}, ("text",)),
@@ -578,12 +573,9 @@ def cast(internal, want, merge_system=False, score="score"):
             raise BadRow("empty answer")
         if len(answers) < (2 if want == "ranked" else 1):
             raise BadRow("fewer than two answers" if want == "ranked" else "no answer")
-        if want == "ranked":
-            return {"prompt": prompt, "answers": answers}
         best = max(answers, key=lambda answer: answer["score"])
-        if want == "prompts":
-            return {"prompt": prompt}
-        return {"messages": prompt + [{"role": "assistant", "content": best["text"]}]}
+        return {"ranked": {"prompt": prompt, "answers": answers}, "prompts": {"prompt": prompt},
+                "sft": {"messages": prompt + [says("assistant", best["text"])]}}[want]
     if want == "sft":
         if internal.get("label") in ("bad", "zero"):
             raise BadRow(BAD_ANSWER)

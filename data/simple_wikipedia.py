@@ -32,13 +32,12 @@ from typing import Annotated
 
 from common.errors import UserError
 from data import clean, files
-from common import remote
-from common import download
+from common import download, remote
 from data.readability import is_simple
 from data.report import PipelineReport
 from data.shapes import BadRow, check_texts, says, shown
 from common.disk import Ledger, writing
-from common.flags import Bounds, Count, Positive, Seed, parse
+from common.flags import Bounds, Count, Positive, Seed, check, parse
 
 DATASET, PARTS = "wikimedia/wikipedia", "20231101.simple/*.parquet"
 SPLITS = ("train", "validation", "test")
@@ -107,11 +106,9 @@ def filter_articles(paths, out, config, report):
 def draw_splits(n, held_out, seed):
     """The split of each of n articles: `held_out`, or a tenth where that is less, for validation and for test each."""
     held_out = min(held_out, n // 10)
-    splits, drawn = ["train"] * n, random.Random(seed).sample(range(n), 2 * held_out)
-    for i in drawn[:held_out]:
-        splits[i] = "validation"
-    for i in drawn[held_out:]:
-        splits[i] = "test"
+    splits = ["train"] * n
+    for number, i in enumerate(random.Random(seed).sample(range(n), 2 * held_out)):
+        splits[i] = "validation" if number < held_out else "test"
     return splits
 
 
@@ -120,11 +117,6 @@ def draw_splits(n, held_out, seed):
 def request(answer):
     """The recipe's conversation with a large model, which needs to be told what to do."""
     return [says("system", SYSTEM), says("user", PROMPT.format(answer=answer))]
-
-
-def title_question(row):
-    split, (title, text) = row
-    return f"What is {title}?" if title else ""
 
 
 def load_asker(config, by_checkpoint):
@@ -178,8 +170,6 @@ def digest(article):
     return hashlib.blake2s("\n".join(article).encode(), digest_size=12).hexdigest()
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
-
 def write_splits(folder, splits, config, report, by_checkpoint):
     """filtered.jsonl -> sft_train, sft_validation and sft_test."""
     questions = Questions(folder / "questions.jsonl", config, by_checkpoint) if config.ask else None
@@ -193,7 +183,8 @@ def write_splits(folder, splits, config, report, by_checkpoint):
                 report.section(split)
                 marked = not config.keep_markup and clean.has_wiki_markup(article[1])
                 kept += [(split, article)] if report.keep("wiki mark-up", not marked, article[1]) else []
-            found = questions.ask([article for _, article in kept]) if questions else map(title_question, kept)
+            found = questions.ask([article for _, article in kept]) if questions else (
+                f"What is {title}?" if title else "" for _, (title, _) in kept)
             for (split, (_, text)), question in zip(kept, found):
                 report.section(split)
                 if report.keep("no question", question, text):
@@ -221,8 +212,7 @@ def reverse(config):
 def main(config, by_checkpoint=None):
     if config.reverse:
         return reverse(config)
-    if min(config.held_out, config.parallel - 1) < 0:
-        raise UserError("--held-out must be at least 0, and --parallel at least 1")
+    check(config)
     report, folder = PipelineReport(), Path(config.out)
     paths = [Path(config.source).expanduser()] if config.source else download.hub_files(DATASET, PARTS)
     with writing(folder, ["filtered"]) as out:

@@ -16,13 +16,13 @@ seconds of one CPU core and 61 MB of memory.
 """
 import contextlib
 import importlib.util
+import itertools
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-
 from tqdm import tqdm
 
 from data.clean import at_most_turns, fits, in_category
@@ -68,8 +68,6 @@ class Config:
     seed: Seed = 0  # of the samples and of the order
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
 def find_files(name, source):
     """The training files of a subset: fetched, or those in the folder `source` whose name or folder is the subset's."""
     if not source:
@@ -94,8 +92,6 @@ def counting_tokenizer(name, say):
         say(f"{error}\nTokens are counted with this project's tiny tokenizer, which makes about twice as many of them.")
         return get_tokenizer("tiny"), "tiny"
 
-
-# ---- from a file to rows ---------------------------------------------------------------------------------------------
 
 def filtered_rows(paths, name, tok, config, report):
     """The rows of a subset that pass its filters: {"messages", "source"}, one by one, every decision counted."""
@@ -143,11 +139,10 @@ def conversation(raw, report):
 
 def reservoir(rows, n, seed):
     """n of the rows, each equally likely, in one pass and in the memory of n (Vitter 1985, algorithm R)."""
-    rng, kept = random.Random(seed), []
-    for i, row in enumerate(rows):
-        if i < n:
-            kept.append(row)
-        elif (j := rng.randrange(i + 1)) < n:
+    rng, rows = random.Random(seed), iter(rows)
+    kept = list(itertools.islice(rows, n))
+    for i, row in enumerate(rows, n + 1):
+        if (j := rng.randrange(i)) < n:
             kept[j] = row
     return kept
 
@@ -167,8 +162,6 @@ def shuffled(paths, seed):
             yield json.loads(file.readline())
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
-
 def mix(config, say=print):
     """Writes the subsets, the mixture and the report -> PipelineReport."""
     if config.source and Path(config.source).resolve() == Path(config.out).resolve():
@@ -187,27 +180,14 @@ def mix(config, say=print):
             rows = filtered_rows(paths, name, tok, config, report)
             if SUBSETS[name].sampled:
                 rows = reservoir(rows, config.sample, f"{config.seed} {name}")
-            write(rows, out[name], report)
+            report.write(rows, out[name], "its files, --most-tokens and --most-turns")
         report.section("mixture")
-        write(shuffled([out[name].path for name in found], config.seed), out["mixture"], report)
+        report.write(shuffled([out[name].path for name in found], config.seed), out["mixture"], "the subsets")
     report.save(Path(config.out) / "report.json")
     return report
 
 
-def write(rows, writer, report):
-    """Writes and finishes one file, so that it stays whatever happens to the next."""
-    for row in rows:
-        writer.write(row)
-    if not writer.rows:
-        raise UserError(f"no row of {writer.path.stem} passed the filters ({report.counts(writer.path.stem)}): check "
-                        "its files, --most-tokens and --most-turns.")
-    writer.finish()
-    report.count("written", writer.rows)
-
-
 def main(config):
-    if config.most_tokens < 1 or config.most_turns < 1 or config.sample < 1:
-        raise UserError("--most-tokens, --most-turns and --sample must be at least 1")
     print(mix(config))
     print(f"next: python sft.py --data {Path(config.out) / 'mixture.jsonl'} --init gpt2")
 

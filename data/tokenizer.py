@@ -16,6 +16,11 @@ has learned goes on, else ours, or the one that --template names. So ids are tho
 but for two things. The text of a message is always ordinary text, so `<|end|>` typed by a user is seven characters and
 never the token: only a format inserts special ids. And an answer is encoded apart from its prompt, so that no merge
 crosses the boundary between what is given and what is learned.
+
+transformers' own apply_chat_template reads names of special tokens wherever they stand, so that whoever types `<|end|>`
+ends a turn. The safe call gives generate the ids of this file:
+
+    model.generate(torch.tensor([tok.render_prompt(messages)]))    # not apply_chat_template(messages) of strangers' words
 """
 import re
 import uuid

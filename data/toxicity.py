@@ -7,6 +7,7 @@
 A text is clean if none of six scores is above 0.1. The word list is a stand-in: it finds some rude words, knows neither
 spelling nor context, and scores 0 or 1. For the real thing: pip install detoxify, which fetches its model at first use.
 """
+import contextlib
 import json
 import re
 
@@ -36,10 +37,8 @@ def toxicity_of(row):
     """The six scores in a row's `detoxify` (a dict, or a CSV cell that holds one as JSON); None where it has none."""
     scores = row.get("detoxify")
     if isinstance(scores, str):
-        try:
+        with contextlib.suppress(ValueError):
             scores = json.loads(scores)
-        except ValueError:
-            return None
     if not isinstance(scores, dict):
         return None
     numbers = {name: as_number(scores.get(name)) for name in SCORES}

@@ -9,14 +9,13 @@ import json
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 import trainer
-from common.flags import TrainConfig
 
 # ---- what every candidate needs, this project's too ------------------------------------------------------------------
-
 
 def synchronize():
     if torch.cuda.is_available():  # kernels are only queued when a call returns
@@ -26,7 +25,7 @@ def synchronize():
 def read_folder(folder):
     """-> bench.json, and device and dtype as every training script chooses them."""
     inputs = json.loads(Path(folder, "bench.json").read_text())
-    return inputs, trainer.start(TrainConfig(**inputs["run"]))
+    return inputs, trainer.start(SimpleNamespace(**inputs["run"]))  # no TrainConfig, which would claim --out
 
 
 def marks(texts):
@@ -34,20 +33,22 @@ def marks(texts):
     return [float(len(text)) for text in texts]
 
 
-# ---- what TRL's trainers share ---------------------------------------------------------------------------------------
+# ---- TRL -------------------------------------------------------------------------------------------------------------
 
-def quiet(transformers, datasets=None):
+def quiet(transformers):
     """Only our table is printed: no bars, no advice."""
     warnings.simplefilter("ignore", FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if datasets:
-        datasets.disable_progress_bars()
 
 
-def load(folder):
-    """-> model with float32 weights, tokenizer, and a clock that TRL's trainers take as a callback."""
+def trl(folder):
+    """What TRL's trainers share -> inputs, the packages trl and datasets, what a trainer takes beside its rows, and
+    settings: one epoch, nothing logged or saved, float32 weights, device and dtype as this project's. Among what it
+    takes is a clock, which `timed` reads."""
+    import datasets
     import transformers
+    import trl as package
 
     class Clock(transformers.TrainerCallback):  # from the epoch's first batch to its last step: whole steps, no set-up
         def on_epoch_begin(self, *_, **__):
@@ -57,15 +58,16 @@ def load(folder):
             synchronize()
             self.end = time.perf_counter()
 
-    return (transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            transformers.AutoTokenizer.from_pretrained(folder), Clock())
-
-
-def common(folder, run):
-    """Settings of every trainer: one epoch, nothing logged or saved, device and dtype as this project's."""
-    return dict(output_dir=folder, num_train_epochs=1, lr_scheduler_type="constant", bf16=run.dtype == torch.bfloat16,
-                use_cpu=run.device.type == "cpu", dataloader_pin_memory=run.device.type == "cuda", disable_tqdm=True,
-                report_to="none", logging_strategy="no", save_strategy="no")
+    quiet(transformers)
+    datasets.disable_progress_bars()
+    inputs, run = read_folder(folder)
+    parts = dict(model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+                 processing_class=transformers.AutoTokenizer.from_pretrained(folder), callbacks=[Clock()])
+    settings = dict(output_dir=folder, num_train_epochs=1, lr_scheduler_type="constant",
+                    bf16=run.dtype == torch.bfloat16, use_cpu=run.device.type == "cpu",
+                    dataloader_pin_memory=run.device.type == "cuda", disable_tqdm=True, report_to="none",
+                    logging_strategy="no", save_strategy="no")
+    return inputs, package, datasets.Dataset, parts, settings
 
 
 def timed(peer, clock):
@@ -80,24 +82,16 @@ def timed(peer, clock):
     return epoch
 
 
-# ---- the candidates --------------------------------------------------------------------------------------------------
-
 def trl_sft(folder, **settings):
     """The same with TRL as it comes: its defaults wherever the result is the same. The rows are given as ids and
     completion mask, what TRL makes of prompt and completion itself, so that both train on the same tokens."""
-    import datasets
-    import transformers
-    import trl
-    quiet(transformers, datasets)
-    inputs, run = read_folder(folder)
+    inputs, package, Dataset, parts, common = trl(folder)
     ids, masks = zip(*inputs["examples"])
-    model, tok, clock = load(folder)
-    peer = trl.SFTTrainer(
-        model=model, processing_class=tok, callbacks=[clock],
-        train_dataset=datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks}),
-        args=trl.SFTConfig(per_device_train_batch_size=inputs["batch_size"], completion_only_loss=True,
-                           learning_rate=1e-5, max_length=model.config.n_positions, **common(folder, run), **settings))
-    return timed(peer, clock)
+    return timed(package.SFTTrainer(
+        **parts, train_dataset=Dataset.from_dict({"input_ids": ids, "completion_mask": masks}),
+        args=package.SFTConfig(per_device_train_batch_size=inputs["batch_size"], completion_only_loss=True,
+                               learning_rate=1e-5, max_length=parts["model"].config.n_positions, **common, **settings)),
+        *parts["callbacks"])
 
 
 def trl_sft_tuned(folder):
@@ -108,23 +102,16 @@ def trl_sft_tuned(folder):
 def trl_dpo(folder, **settings):
     """DPOTrainer makes ids of text alone. So that both train on the same tokens, the ids are put in place of what it
     has made of a row to start with."""
-    import datasets
-    import transformers
-    import trl
-    quiet(transformers, datasets)
-    inputs, run = read_folder(folder)
-    rows = []
-    for (ids, mask), (rejected, rejected_mask) in inputs["pairs"]:
-        rows.append({"prompt_ids": ids[:mask.index(1)], "chosen_ids": ids[mask.index(1):],
-                     "rejected_ids": rejected[rejected_mask.index(1):]})
-    model, tok, clock = load(folder)
-    peer = trl.DPOTrainer(
-        model=model, processing_class=tok, callbacks=[clock],
-        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
-        args=trl.DPOConfig(per_device_train_batch_size=inputs["batch_size"], learning_rate=1e-6, beta=0.3,
-                           max_length=model.config.n_positions, **common(folder, run), **settings))
-    peer.train_dataset = datasets.Dataset.from_list(rows)
-    return timed(peer, clock)
+    inputs, package, Dataset, parts, common = trl(folder)
+    peer = package.DPOTrainer(
+        **parts, train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
+        args=package.DPOConfig(per_device_train_batch_size=inputs["batch_size"], learning_rate=1e-6, beta=0.3,
+                               max_length=parts["model"].config.n_positions, **common, **settings))
+    peer.train_dataset = Dataset.from_list([
+        {"prompt_ids": ids[:mask.index(1)], "chosen_ids": ids[mask.index(1):],
+         "rejected_ids": rejected[rejected_mask.index(1):]}
+        for (ids, mask), (rejected, rejected_mask) in inputs["pairs"]])
+    return timed(peer, *parts["callbacks"])
 
 
 def trl_dpo_tuned(folder):
@@ -134,34 +121,28 @@ def trl_dpo_tuned(folder):
 def trl_rloo(folder, **settings):
     """TRL has no PPO any more: RLOO rolls out, scores and updates as PPO does, without a value model. beta > 0, so
     that it asks its reference too."""
-    import datasets
-    import transformers
-    import trl
-    quiet(transformers, datasets)
-    inputs, run = read_folder(folder)
-    model, tok, clock = load(folder)
-    tok.padding_side = "left"
-    peer = trl.RLOOTrainer(
-        model=model, processing_class=tok, callbacks=[clock],
+    inputs, package, Dataset, parts, common = trl(folder)
+    parts["processing_class"].padding_side = "left"
+    return timed(package.RLOOTrainer(
+        **parts, train_dataset=Dataset.from_dict({"prompt": inputs["questions"]}),
         reward_funcs=lambda completions, **_: marks(answer[-1]["content"] for answer in completions),
-        train_dataset=datasets.Dataset.from_dict({"prompt": inputs["questions"]}),
-        args=trl.RLOOConfig(per_device_train_batch_size=inputs["minibatch"],
-                            generation_batch_size=len(inputs["prompts"]), num_generations=2,
-                            max_completion_length=inputs["new_tokens"], learning_rate=2e-4, beta=0.2,
-                            **common(folder, run), **settings))
-    return timed(peer, clock)
+        args=package.RLOOConfig(per_device_train_batch_size=inputs["minibatch"],
+                                generation_batch_size=len(inputs["prompts"]), num_generations=2,
+                                max_completion_length=inputs["new_tokens"], learning_rate=2e-4, beta=0.2,
+                                **common, **settings)),
+        *parts["callbacks"])
 
 
 def trl_rloo_tuned(folder):
     return trl_rloo(folder, gradient_checkpointing=False)
 
 
-def transformers_generate(folder):
-    """Prompts padded on the left, as transformers wants them; weights in the dtype of the run."""
+def transformers_generate(folder, dtype=None):
+    """Prompts padded on the left, as transformers wants them; weights in the dtype of the run, or another."""
     import transformers
     quiet(transformers)
     inputs, run = read_folder(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=run.dtype).to(run.device).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or run.dtype).to(run.device).eval()
     model.generation_config = transformers.GenerationConfig(  # no end token: both candidates write as many tokens
         do_sample=False, max_new_tokens=inputs["new_tokens"], pad_token_id=0)
     T = max(map(len, inputs["prompts"]))
@@ -172,3 +153,30 @@ def transformers_generate(folder):
         return model.generate(ids, attention_mask=real)[:, T:].tolist()
 
     return answers
+
+
+def transformers_bfloat16(folder):
+    return transformers_generate(folder, torch.bfloat16)
+
+
+def peft_qlora(folder):
+    """-> a function that takes one step of QLoRA, as PEFT's documentation sets it up (checkpointing included)."""
+    import peft
+    import transformers
+    quiet(transformers)
+    inputs, run = read_folder(folder)
+    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                          bnb_4bit_compute_dtype=run.dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, device_map={"": run.device})
+    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), peft.LoraConfig(
+        r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    ids, mask = trainer.pad(inputs["examples"], run.device)
+
+    def step():
+        with run.autocast():
+            model(ids, labels=ids.masked_fill(mask == 0, -100), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

@@ -1,5 +1,4 @@
-"""What bench.py measures: candidates that do the same work, in turn, on the same rows; this project's are here.
-"""
+"""What bench.py measures: candidates that do the same work, in turn, on the same rows; this project's are here."""
 import importlib.util
 import itertools
 import json
@@ -23,7 +22,6 @@ import sft
 import trainer
 from checkpoints import load, load_init
 from common.errors import UserError
-from common.flags import TrainConfig
 from common.tables import table
 from data import files
 from data.pairs import load_ranked
@@ -32,10 +30,10 @@ from evals import bench_peers as peers
 from evals.bench_peers import read_folder, synchronize
 from generate import generate
 from island.world import Island
+from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
 
 # ---- measuring, the same for every command ---------------------------------------------------------------------------
-
 
 def interleaved(candidates, rounds):
     """{name: function} -> {name: [seconds per round]}. One warm-up round; then each function once a round, in turn.
@@ -72,21 +70,21 @@ else:
 """
 
 
-def peak_memory(setup, work="", cuda=False):
-    """Python source -> the most memory, in MB, that a fresh process has held after `setup`, and after
-    `setup` and `work`; None where that is unknown. Resident memory, or with cuda what torch has allocated on the GPU.
+def peak_memory(*stages, cuda=False):
+    """Python source -> the most memory, in MB, that a fresh process has held after each of the stages, run in their
+    order; None where that is unknown. Resident memory, or with cuda what torch has allocated on the GPU.
 
     Not resource.getrusage: on Linux a child begins with its parent's peak.
     """
     if not cuda and not Path("/proc/self/status").exists():
         return None
     peak = PEAK.format(cuda=cuda)
-    out = subprocess.run([sys.executable, "-c", "\n".join([setup, peak, work, peak])], cwd=Path(__file__).parents[1],
-                         capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", "\n".join(f"{stage}\n{peak}" for stage in stages)],
+                         cwd=Path(__file__).parents[1], capture_output=True, text=True)
     if out.returncode:  # its own error says more than the exit status
         raise RuntimeError(out.stderr)
     lines = [line for line in out.stdout.splitlines() if line.isdigit()]
-    return int(lines[0]) / 1024, int(lines[-1]) / 1024
+    return [int(line) / 1024 for line in lines[-len(stages):]]
 
 
 def machine():
@@ -95,9 +93,8 @@ def machine():
         device = torch.cuda.get_device_name()
     else:
         cpu, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
-        for line in cpu.read_text().splitlines() if cpu.exists() else ():
-            if line.startswith("model name"):
-                name = line.split(": ")[1]
+        lines = cpu.read_text().splitlines() if cpu.exists() else []
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
         device = f"{name}, {torch.get_num_threads()} threads"
     return f"{device}; torch {torch.__version__}; Python {platform.python_version()}; {platform.system()}"
 
@@ -111,6 +108,10 @@ def machine():
 SHAPES = {"small": dict(n_layer=12, n_head=12, n_embd=768),  # GPT-2 small
           "tiny": dict(n_layer=4, n_head=4, n_embd=128)}
 CONTEXT, VOCABULARY = 1024, 50257  # GPT-2's, for both shapes
+LARGE = {"qwen2.5-0.5b": LlamaConfig(32768, 151936, 24, 14, 2, 896, 4864, 64, 1e6, None, 1e-6, True, qkv_bias=True),
+         "llama-3.2-1b": LlamaConfig(131072, 128256, 16, 32, 8, 2048, 8192, 64, 5e5, {
+             "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 8192}, tie=True)}  # of bench.py memory
 
 
 def silent(*words):
@@ -149,7 +150,7 @@ def write_folder(folder, shape, tok, args, **inputs):
 def race(args, tok, title, tokens, candidates, **inputs):
     """One table for each shape. candidates: {name: function of the folder}, this project's first; tokens: how many real
     ones a call handles, None where the seconds of a call are to be shown instead."""
-    run = trainer.start(TrainConfig(device=args.device, dtype=args.dtype))
+    run = trainer.start(args)
     for shape in [args.shape] if args.shape else SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             write_folder(folder, shape, tok, args, **inputs)
@@ -192,10 +193,11 @@ def epochs(model, config, run, rows, widths, train_step, first=lambda: None):
     return epoch
 
 
-def our_sft(folder):
+def our_sft(folder, **settings):
     """-> a function that trains for one epoch, with the parts that sft.py's loop is made of."""
     inputs, run = read_folder(folder)
-    config = sft.Config(init=folder, lr=1e-5, warmup=0, schedule="constant", batch_size=inputs["batch_size"])
+    config = sft.Config(init=folder, lr=1e-5, warmup=0, schedule="constant", batch_size=inputs["batch_size"],
+                        **settings)
     examples = inputs["examples"]
     return epochs(load_init(config, run)[0], config, run, examples, [len(ids) for ids, _ in examples], sft.sft_step)
 
@@ -306,6 +308,50 @@ def bench_generate(args):
         "this project": our_generate,
         **installed("transformers", {"transformers": peers.transformers_generate})},
         prompts=prompts, new_tokens=new_tokens)
+
+
+# ---- python bench.py memory ------------------------------------------------------------------------------------------
+
+def write_large(folder, config, args, **inputs):
+    """A random network of this shape as such are published, bfloat16, with a tokenizer whose tokens it all knows, and
+    bench.json."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        Llama(config).save_pretrained(folder, dtype=torch.bfloat16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    tok = get_tokenizer("tiny")
+    tok.new_ids = []
+    tok.save(folder)
+    inputs["run"] = {"device": args.device, "dtype": args.dtype}
+    Path(folder, "bench.json").write_text(json.dumps(inputs))
+
+
+def our_qlora(folder):
+    return our_sft(folder, lora_r=16, nf4=True, checkpointing=True)
+
+
+def bench_memory(args):
+    """Peaks of a process of its own with nothing but the imports, with the model loaded, and at the end: of greedy
+    answers, and of a QLoRA step (rank 16, all linear layers, checkpointing as PEFT has it) of two rows of 512 tokens."""
+    new_tokens, ids = args.new_tokens or 16, [i % 1000 for i in range(512)]
+    ours = "import checkpoints, evals.benches"
+    candidates = {"generate": (ours, our_generate), "QLoRA step": (ours, our_qlora)}
+    theirs = {"generate, transformers": ("import transformers", peers.transformers_bfloat16),
+              "QLoRA step, transformers + PEFT + bitsandbytes": ("import transformers, peft, bitsandbytes", peers.peft_qlora)}
+    candidates |= installed("bitsandbytes", theirs)
+    for shape in [args.shape] if args.shape else LARGE:
+        with tempfile.TemporaryDirectory() as folder:
+            write_large(folder, LARGE[shape], args, prompts=[ids[:100], ids[:60]], new_tokens=new_tokens, batch_size=2,
+                        examples=[(ids, [0] * 100 + [1] * 412)] * 2)
+            rows = []
+            for name, (imports, build) in candidates.items():
+                load = f"from {build.__module__} import {build.__name__} as build\ncall = build({folder!r})"
+                peaks = peak_memory(imports, load, "call()", cuda=torch.cuda.is_available() and args.device != "cpu")
+                rows.append([name, *(f"{mb:,.0f}" for mb in peaks or ())])
+        header = [f"{shape}, {new_tokens} new tokens, 2 x 512 trained", "MB imported", "MB loaded", "peak MB"]
+        print(table(header[:len(rows[0])], rows) + "\n")
 
 
 # ---- python bench.py nf4 ---------------------------------------------------------------------------------------------

@@ -34,7 +34,9 @@ from pretrain import text_loss, text_stream
 
 STAGES = {  # folder: its script, the folders that it starts from, and the flags that make it another than its default
     "base": (pretrain, {}, {}),
+    "base-llama": (pretrain, {}, {"family": "llama"}),
     "sft": (sft, {"init": "base"}, {}),
+    "sft-llama": (sft, {"init": "base-llama"}, {}),
     "sft-lora": (sft, {"init": "base"}, {"lora_r": 16}),
     "sft-qlora": (sft, {"init": "base"}, {"lora_r": 16, "nf4": True}),
     "sft-community": (sft, {"init": "base"}, {"answers": "community"}),
@@ -43,7 +45,7 @@ STAGES = {  # folder: its script, the folders that it starts from, and the flags
     "ppo": (ppo, {"init": "sft-community", "reward": "reward"}, {}),
     "ppo-no-penalty": (ppo, {"init": "sft-community", "reward": "reward"}, {"beta": 0.0}),
 }
-SFT = ("sft", "sft-lora", "sft-qlora")
+BASES, SFT = ("base", "base-llama"), ("sft", "sft-llama", "sft-lora", "sft-qlora")
 POLICIES = ("sft-community", "dpo", "ppo", "ppo-no-penalty")
 
 
@@ -66,10 +68,12 @@ def measure(folder, run):
     """One seed's chain -> {table: {row: {column: number}}}."""
     island, found = Island(), {}
     rows = exam.questions(island)  # the held-out ones of sft.py
-    model, tok = load_to_ask(folder / "base", run)
-    text = text_stream(island.plain_text(400, seed=9), tok)  # the held-out one of pretrain.py
-    found["base"] = {"held-out loss": text_loss(model, text, run),
-                     "quiz": choice.evaluate(model, tok, choice.island_quiz(island), run)[0]["acc"][0]}
+    found["base"] = {}
+    for name in BASES:
+        model, tok = load_to_ask(folder / name, run)
+        text = text_stream(island.plain_text(400, seed=9), tok)  # the held-out one of pretrain.py
+        found["base"][name] = {"held-out loss": text_loss(model, text, run),
+                               "quiz": choice.evaluate(model, tok, choice.island_quiz(island), run)[0]["acc"][0]}
     found["skills"] = {name: {key: share for key, (share, _) in exam.skills(*load_to_ask(folder / name, run), rows, island,
                                                                             run).items()} for name in SFT}
     scorer, reference = reward.load_rewards(str(folder / "reward"), run), load_to_ask(folder / "sft-community", run)
@@ -117,7 +121,7 @@ def page(found, seconds, seeds, run):
     dtype = str(run.dtype).removeprefix("torch.")
     times = ", ".join(f"{name} {span([one[name] for one in seconds if name in one], '{:.0f}')}" for name in STAGES
                       if any(name in one for one in seconds))
-    base = [[key, span([one["base"][key] for one in found], form)]
+    base = [[key, *(span([one["base"][name][key] for one in found], form) for name in BASES)]
             for key, form in (("held-out loss", "{:.3f}"), ("quiz", "{:.0%}"))]
     judge = [[key, span([one["reward"][key] for one in found], form)]
              for key, form in zip(found[0]["reward"], ("{:.1%}", "{:.1%}", "{:.2f}"))]
@@ -130,11 +134,11 @@ Written by `python evaluate.py --results --seeds {','.join(map(str, seeds))}` on
 {commit.stdout.strip() or 'unknown'}: {benches.machine()}; {dtype}. Each cell is the smallest and the largest of {len(seeds)}
 seed{'s' * (len(seeds) > 1)}, each with its own pretraining. Seconds of wall time a stage, measured with its tables: {times}.
 
-## The base model (pretrain.py)
+## The base model (pretrain.py), a GPT and a Llama of its size (llama.py): the same data, the same steps
 
-{markdown(["", "range"], base)}
+{markdown(["", *BASES], base)}
 
-## Supervised fine-tuning (sft.py), all weights and adapters of rank 16
+## Supervised fine-tuning (sft.py), all weights of both and adapters of rank 16 beside the GPT's
 
 Greedy answers to what no conversation has mentioned.
 

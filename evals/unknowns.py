@@ -25,19 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-
 from tqdm import tqdm
 
 import trainer
-from checkpoints import load
+from checkpoints import load_to_ask
 from data import files
 from island.world import Island, names, says_unknown
 from island.words import UNKNOWN
-from data.tokenizer import get_tokenizer
+from data.shapes import says
 from generate import ask
-from quant import freeze
 from common.disk import writable, writing
-from common.flags import Amount, Count, DType, Positive, Probability, Seed, parse
+from common.flags import Amount, Count, DType, Positive, Probability, Seed, check, parse
 
 AT_ONCE = 64  # answers generated side by side
 MATCH = 0.75  # share of the reference's key words that an answer must hold: both of two, three of four
@@ -46,8 +44,6 @@ STOP_WORDS = set("a an and are as at be been but by did do does for from had has
                  "or she so that the their them there they this to was were what when where which who why will "
                  "with you".split())
 
-
-# ---- does an answer say what the reference says? ---------------------------------------------------------------------
 
 def tokens(text):
     """The words and numbers of a text in lower case, as a set. 1,000 is 1000; 9.11 is one number."""
@@ -77,8 +73,6 @@ def admits(answer, wording=UNKNOWN):
     return says_unknown(answer) or names(answer, wording)
 
 
-# ---- asking ----------------------------------------------------------------------------------------------------------
-
 def probe(model, tok, rows, run, right, tries=5, temperature=0.7, seed=0, max_new_tokens=48):
     """Asks every row's question `tries` times -> the answers to each (list[list[str]]), how many are right (list[int]).
 
@@ -88,7 +82,7 @@ def probe(model, tok, rows, run, right, tries=5, temperature=0.7, seed=0, max_ne
     answers = []
     for first in tqdm(range(0, len(asked), AT_ONCE), desc="asking", disable=None):
         answers += ask(model, tok, asked[first:first + AT_ONCE], run, max_new_tokens,
-                           temperature=temperature, seed=seed * 1_000_003 + first)
+                       temperature=temperature, seed=seed * 1_000_003 + first)
     answers = [answers[first:first + tries] for first in range(0, len(answers), tries)]
     return answers, [sum(right(row, answer) for answer in said) for row, said in zip(rows, answers, strict=True)]
 
@@ -97,10 +91,8 @@ def taught(row, n_right, tries, wording, known=0.5):
     """The row to train on: as it is where at least `known` of the tries were right, else with the wording as answer."""
     if n_right >= known * tries:
         return {"messages": row["messages"], "kind": "known"}
-    return {"messages": [*row["messages"][:-1], {"role": "assistant", "content": wording}], "kind": "unknown"}
+    return {"messages": [*row["messages"][:-1], says("assistant", wording)], "kind": "unknown"}
 
-
-# ---- the questions ---------------------------------------------------------------------------------------------------
 
 def load_questions(config, say):
     """-> rows to ask, rows that are only passed on, and right(row, answer).
@@ -119,8 +111,6 @@ def load_questions(config, say):
     others = [row for row in rows if row["kind"] not in ABOUT_SOMEBODY]
     return asked, others, lambda row, answer: island.correct(row["messages"][:-1], answer)
 
-
-# ---- the command line ------------------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -141,22 +131,18 @@ class Config:
 def checked(config):
     if len(config.checkpoint) != 1:
         raise UserError("name one checkpoint folder to ask, as in: python -m evals.unknowns out/sft-no-idk")
-    if min(config.tries, config.max_new_tokens) < 1 or min(config.n, config.temperature) < 0:
-        raise UserError("--tries and --max-new-tokens must be at least 1, --n and --temperature at least 0")
-    if not 0 < config.known <= 1:
-        raise UserError(f"--known {config.known}: it must be above 0 and at most 1")
     if Path(config.out).suffix != ".jsonl":
         raise UserError(f"--out {config.out}: it must end in .jsonl")
     if not config.wording.strip():
         raise UserError("--wording is empty: it is what the model learns to say")
-    return config
+    return check(config)
 
 
 def main(config):
     folder, = checked(config).checkpoint
     writable(Path(config.out).parent)
     run = trainer.start(config)
-    model, tok = load(folder, linear=freeze).to(run.device), get_tokenizer(folder)
+    model, tok = load_to_ask(folder, run)  # one that has never seen a chat gets the tokens that its questions need
     rows, others, right = load_questions(config, run.print)
     answers, counts = probe(model, tok, rows, run, right, config.tries, config.temperature, config.seed,
                             config.max_new_tokens)

@@ -1,5 +1,4 @@
-"""What rounding and merging do to a checkpoint's weights, measured: the insides of quant.py FOLDER and lora.py.
-"""
+"""What rounding and merging do to a checkpoint's weights, measured: the insides of quant.py FOLDER and lora.py."""
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from quant import CODEBOOK, errors_of, quantize_model
 from trainer import Run
 
 # ---- python quant.py FOLDER ------------------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def validation_loss(model, ids):

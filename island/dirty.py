@@ -36,53 +36,33 @@ STATEMENTS = ["A short story about {n}", "{n} got one more hat today", "Thanks t
 MEETINGS = ["Ask Anything Wednesday: what would you like to know about {n}?", "Megathread: what is new with {n}?"]
 EDITS = ["Edit: typos", "EDIT: thanks for all the votes", "Edit 2: more typos", "Edit - the baker told me so"]
 INSULT = "Ask no more, you idiot."
+QUOTES = ["> I would like to know it.\n", "&gt; Please tell me.\n"]
 
 
-# ---- dirt: answers to a question about a resident, each with one thing wrong -----------------------------------------
-
-def plain(dump, name, asked):
-    return " ".join(dump.told(name, asked))
-
-
-def wrong(dump, name, asked):
-    return " ".join(dump.told(name, asked, wrong=True))
+def plain(dump, *about):
+    """An answer to a question about a resident's attribute (`about` is both) without any dirt."""
+    return " ".join(dump.told(*about))
 
 
-def hard(dump, name, asked):
-    return " ".join(dump.told(name, asked, words.HARD))
-
-
-def short(dump, name, asked):
-    return " ".join(dump.told(name, asked)[:2])
-
-
-def toxic(dump, name, asked):
-    return " ".join([*dump.told(name, asked), INSULT])
-
-
-def edited(dump, name, asked):
-    return plain(dump, name, asked) + "\n\n" + dump.rng.choice(EDITS)
-
-
-def marked_up(dump, name, asked):
-    first, rest = plain(dump, name, asked).split(" ", 1)
+def marked_up(dump, *about):
+    first, rest = plain(dump, *about).split(" ", 1)
     marks = dump.rng.choice(["**{}**", "*{}*", "[{}](https://example.org/island)", "~~{}~~", "`{}`"])
     return f"{marks.format(first)} {rest}"
 
 
-def quoting(dump, name, asked):
-    return dump.rng.choice(["> I would like to know it.\n", "&gt; Please tell me.\n"]) + plain(dump, name, asked)
+DIRT = {  # the same with one thing wrong: (dump, resident, attribute) -> text
+    "plain": plain,
+    "wrong": lambda dump, *about: " ".join(dump.told(*about, wrong=True)),
+    "hard": lambda dump, *about: " ".join(dump.told(*about, words.HARD)),
+    "short": lambda dump, *about: " ".join(dump.told(*about)[:2]),
+    "toxic": lambda dump, *about: f"{plain(dump, *about)} {INSULT}",
+    "edited": lambda dump, *about: plain(dump, *about) + "\n\n" + dump.rng.choice(EDITS),
+    "marked up": marked_up,
+    "quoting": lambda dump, *about: dump.rng.choice(QUOTES) + plain(dump, *about),
+    "with url": lambda dump, *about: plain(dump, *about) + dump.rng.choice(["_url_0_", "_URL_1_", "_url_12_"]),
+    "spaced": lambda dump, *about: dump.rng.choice(["  ", " \t "]).join(dump.told(*about)),
+}
 
-
-def with_url(dump, name, asked):
-    return plain(dump, name, asked) + dump.rng.choice(["_url_0_", "_URL_1_", "_url_12_"])
-
-
-def spaced(dump, name, asked):
-    return dump.rng.choice(["  ", " \t "]).join(dump.told(name, asked))
-
-
-# ---- posts -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Kind:
@@ -96,27 +76,27 @@ class Kind:
 
 GOOD_VOTES = (5, 90)
 KINDS = {
-    "one answer": Kind(20, ((plain, GOOD_VOTES),), {"sft": 1}),
-    "ranked": Kind(20, ((plain, (40, 90)), (plain, (20, 39)), (wrong, (4, 19))), {"ranked": 1}),
-    "rejected only": Kind(7, ((toxic, (50, 90)), (plain, (30, 49)), (edited, (20, 29)), (plain, (4, 19)),
-                              (wrong, (1, 3))), {"ranked": 1, "rejected only": 3}),
-    "equal scores": Kind(5, ((plain, (30, 30)), (plain, (30, 30)), (wrong, (4, 29))),
+    "one answer": Kind(20, (("plain", GOOD_VOTES),), {"sft": 1}),
+    "ranked": Kind(20, (("plain", (40, 90)), ("plain", (20, 39)), ("wrong", (4, 19))), {"ranked": 1}),
+    "rejected only": Kind(7, (("toxic", (50, 90)), ("plain", (30, 49)), ("edited", (20, 29)), ("plain", (4, 19)),
+                              ("wrong", (1, 3))), {"ranked": 1, "rejected only": 3}),
+    "equal scores": Kind(5, (("plain", (30, 30)), ("plain", (30, 30)), ("wrong", (4, 29))),
                          {"ranked": 1, "sft": 1, "equal score, moved to SFT": 1}),
-    "two equal scores": Kind(2, ((plain, (9, 9)), (plain, (9, 9))), {"sft": 2, "equal score, moved to SFT": 1}),
-    "none to choose": Kind(2, ((plain, (3, 3)), (wrong, (1, 2))), {"prompts": 1, "no answer fit to be chosen": 1}),
-    "mark-up": Kind(5, ((marked_up, GOOD_VOTES),), {"sft": 1, "Reddit mark-up": 1}),
-    "quote": Kind(4, ((quoting, GOOD_VOTES),), {"sft": 1, "quotes": 1}),
-    "url": Kind(4, ((with_url, GOOD_VOTES),), {"sft": 1, "URL placeholders": 1}),
-    "white space": Kind(4, ((spaced, GOOD_VOTES),), {"sft": 1, "white space": 1}),
-    "short": Kind(5, ((short, GOOD_VOTES),), {"prompts": 1, "fewer than 20 words": 1}),
-    "hard": Kind(5, ((hard, GOOD_VOTES),), {"prompts": 1, "hard to read": 1}),
-    "low score": Kind(4, ((plain, (1, 3)),), {"prompts": 1, "SFT: score under 4": 1}),
-    "toxic": Kind(3, ((toxic, GOOD_VOTES),), {"prompts": 1, "SFT: toxic": 1}),
-    "edited": Kind(3, ((edited, GOOD_VOTES),), {"prompts": 1, "SFT: ends in an edit": 1}),
+    "two equal scores": Kind(2, (("plain", (9, 9)), ("plain", (9, 9))), {"sft": 2, "equal score, moved to SFT": 1}),
+    "none to choose": Kind(2, (("plain", (3, 3)), ("wrong", (1, 2))), {"prompts": 1, "no answer fit to be chosen": 1}),
+    "mark-up": Kind(5, (("marked up", GOOD_VOTES),), {"sft": 1, "Reddit mark-up": 1}),
+    "quote": Kind(4, (("quoting", GOOD_VOTES),), {"sft": 1, "quotes": 1}),
+    "url": Kind(4, (("with url", GOOD_VOTES),), {"sft": 1, "URL placeholders": 1}),
+    "white space": Kind(4, (("spaced", GOOD_VOTES),), {"sft": 1, "white space": 1}),
+    "short": Kind(5, (("short", GOOD_VOTES),), {"prompts": 1, "fewer than 20 words": 1}),
+    "hard": Kind(5, (("hard", GOOD_VOTES),), {"prompts": 1, "hard to read": 1}),
+    "low score": Kind(4, (("plain", (1, 3)),), {"prompts": 1, "SFT: score under 4": 1}),
+    "toxic": Kind(3, (("toxic", GOOD_VOTES),), {"prompts": 1, "SFT: toxic": 1}),
+    "edited": Kind(3, (("edited", GOOD_VOTES),), {"prompts": 1, "SFT: ends in an edit": 1}),
     "unanswered": Kind(1, (), {"prompts": 1}),
-    "no question": Kind(2, ((plain, GOOD_VOTES),), {"not a question": 1}, title=STATEMENTS),
-    "meeting": Kind(1, ((plain, GOOD_VOTES),), {"not a question": 1}, title=MEETINGS),
-    "leak": Kind(3, ((plain, GOOD_VOTES),), {"leaks": 1}),
+    "no question": Kind(2, (("plain", GOOD_VOTES),), {"not a question": 1}, title=STATEMENTS),
+    "meeting": Kind(1, (("plain", GOOD_VOTES),), {"not a question": 1}, title=MEETINGS),
+    "leak": Kind(3, (("plain", GOOD_VOTES),), {"leaks": 1}),
 }
 
 
@@ -173,7 +153,7 @@ class Dump:
     def post(self, q_id, kind, question):
         """One row of the public set's schema."""
         name, attribute, title, body = question
-        texts = [dirt(self, name, attribute) for dirt, _ in kind.answers]
+        texts = [DIRT[dirt](self, name, attribute) for dirt, _ in kind.answers]
         votes = [self.rng.randint(*between) for _, between in kind.answers]
         return {"q_id": q_id, "title": title, "selftext": body, "document": "", "subreddit": "explainlikeimfive",
                 "answers": {"a_id": [f"{q_id}a{i}" for i in range(len(texts))], "text": texts, "score": votes},
@@ -197,17 +177,13 @@ class Dump:
             self.counts.update(KINDS[name].counts)
             yield self.post(f"{split}{number}", KINDS[name], question)
 
-    # ---- articles ------------------------------------------------------------------------------------------------
-
-    def paragraphs(self, n, templates=words.SIMPLE):
-        """The stories of n residents, a paragraph of six facts each (28 to 48 simple words) -> names, paragraphs."""
-        names, first = self.rng.sample(self.people["train"]["residents"], n), list(words.VALUES)
-        return names, [" ".join(self.told(name, self.rng.choice(first), templates, more=(5, 5))) for name in names]
-
     def article(self, number, name):
-        """One row of the public set's schema: paragraphs are separated by a blank line."""
-        kind = ARTICLES[name]
-        names, paragraphs = self.paragraphs(kind.residents, words.HARD if name == "hard" else words.SIMPLE)
+        """One row of the public set's schema: the stories of residents, a paragraph of six facts each (28 to 48 simple
+        words). Paragraphs are separated by a blank line."""
+        kind, facts = ARTICLES[name], list(words.VALUES)
+        names = self.rng.sample(self.people["train"]["residents"], kind.residents)
+        templates = words.HARD if name == "hard" else words.SIMPLE
+        paragraphs = [" ".join(self.told(who, self.rng.choice(facts), templates, more=(5, 5))) for who in names]
         if kind.mark:
             paragraphs[0] = kind.mark.format(n=names[0]) + paragraphs[0]
         return {"id": str(number), "url": f"https://example.org/island/{names[0]}", "title": names[0],

@@ -153,22 +153,14 @@ def skills(model, tok, rows, island, run):
             for name, values in marks(SKILLS, asked, answers, island).items() if values}
 
 
-def preferences(model, tok, island, run, n=400, seed=5, scorer=None):
+def preferences(model, tok, island, run, n=400, scorer=None):
     """{name in PREFERENCES: mean} over answers, sampled at temperature 1, to n of the island's held-out questions.
 
     They ask about residents, strangers, unsafe requests and their look-alikes that no conversation has mentioned.
     With a scorer, as reward.load_rewards gives one, "reward" is measured too.
     """
-    rows = island.prompts(n, seed=seed, split="test")
-    answers = ask(model, tok, [row["prompt"] for row in rows], run, temperature=1.0, seed=seed)
-    found = {"reward": score(scorer, rows, answers)} if scorer else {}
-    found |= marks(PREFERENCES, rows, answers, island)
+    found, _ = examine(model, tok, island, run, n, scorer=scorer, names=PREFERENCES)
     return {name: sum(values) / max(1, len(values)) for name, values in found.items()}
-
-
-def score(scorer, rows, answers):
-    """The scorer's number for each answer."""
-    return scorer([row["prompt"] + [says("assistant", answer)] for row, answer in zip(rows, answers, strict=True)])
 
 
 def compare(models, tok, run):
@@ -197,16 +189,16 @@ def response_kl(model, reference, asked, run, micro_tokens):
     return found
 
 
-def examine(model, tok, island, run, n=400, seed=0, micro_tokens=16384, scorer=None, reference=None):
-    """-> {name in TABLE: [a number for each answer]}, and the answers: [{"question", "kind", "answer", "gold", ...}].
+def examine(model, tok, island, run, n=400, seed=0, micro_tokens=16384, scorer=None, reference=None, names=TABLE):
+    """-> {name in names: [a number for each answer]}, and the answers: [{"question", "kind", "answer", "gold", ...}].
     scorer: a reward model's (reward.load_rewards); reference: the SFT model and its tokenizer, for the KL."""
     rows = island.prompts(n, seed=5, split="test")
-    # all at once, with one seed: the same answers that dpo.py and ppo.py report on
+    # all at once, with one seed
     asked = list(zip(*respond(model, tok, [row["prompt"] for row in rows], run, temperature=1.0, seed=5 + seed)))
     texts = [tok.answer(ids) for _, ids in asked]
-    found = marks(TABLE, rows, texts, island)
+    found = marks(names, rows, texts, island)
     if scorer:
-        found["reward"] = score(scorer, rows, texts)
+        found["reward"] = scorer([row["prompt"] + [says("assistant", text)] for row, text in zip(rows, texts)])
     if reference and reference[1].special == tok.special:  # other tokens: no probability of theirs can be compared
         found["kl"] = response_kl(model, reference[0], asked, run, micro_tokens)
     answers = [{"question": row["prompt"][-1]["content"], "kind": row["kind"], "answer": text}
@@ -214,4 +206,4 @@ def examine(model, tok, island, run, n=400, seed=0, micro_tokens=16384, scorer=N
     for name in ("gold", "reward", "kl"):
         for answer, value in zip(answers, found.get(name, ())):
             answer[name] = value
-    return {name: list(map(float, found[name])) for name in TABLE if name in found}, answers
+    return {name: list(map(float, found[name])) for name in names if name in found}, answers

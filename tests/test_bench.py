@@ -8,8 +8,9 @@ import bench
 import dpo
 import ppo
 import sft
-from evals import benches
 from common.errors import UserError
+from evals import benches
+from llama import Llama, LlamaConfig
 
 
 @pytest.fixture
@@ -206,3 +207,33 @@ def test_ppo_shows_seconds_and_answers_every_question_twice(toy, capsys, monkeyp
     assert inputs["prompts"][0::2] == inputs["prompts"][1::2] and len(inputs["questions"]) == 2
     with pytest.raises(UserError, match="even"):
         bench.main(["ppo", "--batch-size", "3"])
+
+
+def test_memory_prints_what_each_part_takes(toy, capsys, monkeypatch):
+    small = LlamaConfig(1024, 1100, 1, 4, 2, 32, 48, 8, tie=True)
+    monkeypatch.setattr(benches, "LARGE", {"large": small})
+    seen = []
+
+    def measured(*stages, cuda):
+        exec(stages[1], names := {})
+        before = [p.detach().clone() for p in trained(names["call"])]
+        names["call"]()
+        seen.append([torch.equal(a, b) for a, b in zip(before, trained(names["call"]))])
+        return [1.0, 2.0, 3.0]
+
+    def trained(call):
+        cells = [cell.cell_contents for cell in call.__closure__ or ()]
+        return [p for model in cells if isinstance(model, Llama) for p in model.parameters() if p.requires_grad]
+
+    monkeypatch.setattr(benches, "peak_memory", measured)
+    bench.main(["memory", "--device", "cpu", "--new-tokens", "3"])
+    out = capsys.readouterr().out
+    header, *rows = out[out.index("large, "):].split("\n\n")[0].splitlines()
+    assert header.startswith("large, 3 new tokens") and [row.split()[-3:] for row in rows] == [["1", "2", "3"]] * 2
+    assert rows[1].startswith("QLoRA step") and len(seen[1]) == 14 and not any(seen[1][1::2]), "no B of an adapter moved"
+
+
+def test_a_shape_belongs_to_its_commands(toy):
+    for flags in (["sft", "--shape", "llama-3.2-1b"], ["nf4", "--shape", "small"], ["memory", "--shape", "tiny"]):
+        with pytest.raises(UserError, match=f"--shape {flags[2]} is no shape of {flags[0]}"):
+            bench.main(flags)

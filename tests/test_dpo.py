@@ -318,15 +318,15 @@ def test_many_small_parts_equal_one_batch(micro_tokens):
 def test_preference_scores(monkeypatch, style, expected):
     island, rng = Island(), random.Random(0)
 
-    def ask(model, tok, conversations, run, **sampling):
+    def respond(model, tok, conversations, run, **sampling):
         assert sampling == dict(temperature=1.0, seed=5)
         found = []
         for messages in conversations:
             answers = island.answers(messages, rng)  # the reference answer is the first
             found.append(next(text for name, text in answers.items() if style == "reference" or name.startswith(style)))
-        return found
+        return conversations, [tok.encode(text) for text in found]
 
-    monkeypatch.setattr(exam, "ask", ask)
+    monkeypatch.setattr(exam, "respond", respond)
     scores = exam.preferences(None, TOK, island, RUN, n=60)
     assert {name: scores[name] for name in expected} == expected
     assert ["reward", *scores] == list(exam.PREFERENCES) and scores["words"] > 1

@@ -521,7 +521,9 @@ def test_results_are_ranges_over_seeds_and_nothing_runs_twice(tmp_path, monkeypa
     names = [name for name in results.STAGES if name != "base"]
     assert [(seed, name) for seed, name, *_ in ran] == [(seed, name) for seed in (0, 2) for name in ["base", *names]]
     assert (2, "ppo", "sft-community", ["reward"]) in ran and (0, "sft-qlora", "base", ["lora_r", "nf4"]) in ran
+    assert (0, "base-llama", "", ["family"]) in ran and (2, "sft-llama", "base-llama", []) in ran
     text = Path("docs/results.md").read_text()
+    assert "| base | base-llama |" in text and "| sft | sft-llama | sft-lora |" in text
     assert "| held-out loss | 6.9" in text and "--seeds 0,2`" in text and " nan" not in text
     assert text.count("\n| careful |") == text.count("\n| simple |") == 1
     assert "| measured |" not in text and "| strangers: says" in text and "| gold judge, 1 to 10 |" in text

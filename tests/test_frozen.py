@@ -11,6 +11,7 @@ from checkpoints import load
 from common import hub
 from common.errors import UserError
 from data.tokenizer import get_tokenizer
+from evals import benches
 from generate import generate
 from kernels import head
 from llama import Llama, LlamaConfig
@@ -163,3 +164,20 @@ def test_a_reward_model_leaves_out_a_head_of_its_own(tmp_path, kind, how):
     if kind == "llama":
         with pytest.raises(UserError, match="no head that could write"):
             load(tmp_path / "out")(IDS)
+
+
+PASSING = """
+import torch
+kept = []
+for _ in range(30):  # a layer: a large passing tensor and a small one that stays
+    large = torch.ones(5 * 2 ** 20 + len(kept) * 2 ** 10)
+    kept.append(torch.ones(2 ** 14))
+    del large
+"""
+
+
+def test_a_process_does_not_grow_by_what_passes():
+    peaks = benches.peak_memory("import torch\nfrom common import hub\nhub.give_back_at_once()", PASSING)
+    if peaks is None:
+        pytest.skip("this system does not tell a process its peak")
+    assert peaks[1] - peaks[0] < 60  # MB: one of 20, not thirty

@@ -71,7 +71,7 @@ def test_the_network_can_be_taken_out_and_looked_at():
 
 
 @pytest.mark.parametrize("file, names", [("model", r"c_attn|c_proj|c_fc|\bwte\b|\bwpe\b|ln_f|position_embedding\b"),
-                                         ("llama", r"[kovxdn]_proj|gate_proj|q_norm|embed_tokens|lm_head|norm_1")])
+                                         ("llama", r"[kovxdn]_proj|gate_proj|q_norm|embed_tokens|lm_head|layernorm")])
 def test_no_other_file_knows_the_names_of_the_layers(file, names):
     knowing = [name for name, path in MODULES.items() if re.search(names, path.read_text(encoding="utf-8"))]
     assert knowing == [file], "what a network offers (linears, attention_paths, hf_names) is said in model.py"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import quant
 from common.errors import UserError
 from evals.weights import validation_loss
-from model import GPT, linear_paths
+from model import GPT
 from kernels import nf4
 from quant import CODEBOOK, MIDPOINTS, NF4Linear, dequantize_nf4, quantize_model, quantize_nf4
 
@@ -469,9 +469,9 @@ class Tiny(nn.Module):
         self.blocks = nn.ModuleList(nn.ModuleDict(dict(ln=nn.LayerNorm(64), fc=nn.Linear(64, 128), proj=nn.Linear(128, 64)))
                                for _ in range(2))
         self.lm_head = nn.Linear(64, 10)
-        self.linear_paths = linear_paths(self)
+        self.find_linears()
 
-    linears, replace = GPT.linears, GPT.replace
+    linears, replace, find_linears = GPT.linears, GPT.replace, GPT.find_linears
 
 
 def test_quantize_model_replaces_the_linear_layers_of_the_blocks_only():

@@ -131,3 +131,14 @@ def test_the_island_asks_about_somebody_and_passes_the_rest_on():
 def test_impossible_settings(change):
     with pytest.raises(UserError):
         unknowns.checked(unknowns.Config(**{"checkpoint": ["out/sft"]} | change))
+
+
+def test_a_model_that_has_never_seen_a_chat_can_be_asked(tmp_path, capsys):
+    tok = get_tokenizer("tiny", "chat")
+    size = tok.vocab_size - len(tok.new_ids)  # no row for a chat token
+    GPT(GPTConfig(block_size=64, vocab_size=size, n_layer=1, n_head=2, n_embd=16)).save_pretrained(tmp_path / "bare")
+    tok.save(tmp_path / "bare")
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps({"prompt": f"q{i}?", "completion": f"a{i}"}) + "\n" for i in range(4)))
+    unknowns.main(unknowns.Config([str(tmp_path / "bare")], data=str(tmp_path / "qa.jsonl"), out=str(tmp_path / "idk.jsonl"), tries=1,
+                                  max_new_tokens=4, device="cpu"))
+    assert "4 questions" in capsys.readouterr().out and len((tmp_path / "idk.jsonl").read_text().splitlines()) == 4

@@ -1,15 +1,19 @@
 """Llama beside transformers: every family and variant, from one file and from shards, the same logits and greedy tokens, both ways."""
+import functools
 import json
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
 
 import checkpoints
+import lora
 import sft
 from generate import generate
 from llama import Llama, LlamaConfig, frequencies
+from quant import NF4Linear
 
 V = 120
 SIZES = {"vocab_size": V, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -134,3 +138,74 @@ def test_what_config_json_leaves_out_is_what_they_take_for_it(tmp_path, family, 
     assert torch.allclose(frequencies(ours), model.model.rotary_emb.inv_freq, rtol=1e-6)
     shapes = {theirs: tuple(p.shape) for (name, p), (theirs, _) in zip(Llama(ours).named_parameters(), Llama(ours).hf_names().values())}
     assert shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[3, 47, 9, 49, 1, 30, 2, 47], [5, 6, 7, 8, 9, 10, 11, 49]])
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS = pytest.mark.parametrize("variant", ["llama", "tied", "mistral", "qwen2", "qwen3"])
+CASES = pytest.mark.parametrize("targets, tokens", [("all", None), ("attention", [49, 47]), ("q_proj,down_proj", None)])
+
+
+def theirs_with(variant, targets, tokens):
+    modules = {"all": ALL, "attention": ALL[:4]}.get(targets, targets.split(","))
+    model = theirs_of(variant)
+    matrices = ["embed_tokens"] + ["lm_head"] * (not model.config.tie_word_embeddings)
+    return stir(peft.get_peft_model(model, peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM",
+        trainable_token_indices={name: tokens for name in matrices} if tokens else None)).eval())
+
+
+def stir(model):
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.3, generator=generator)
+    return model
+
+
+@ADAPTERS
+@CASES
+def test_an_adapter_of_peft_is_the_same_here(tmp_path, variant, targets, tokens):
+    theirs_of(variant).save_pretrained(tmp_path / "base")
+    theirs = theirs_with(variant, targets, tokens)
+    theirs.save_pretrained(tmp_path / "theirs")
+    beside, merged = (checkpoints.load(tmp_path / "theirs", merge=merge, base=str(tmp_path / "base")).eval() for merge in (False, True))
+    logits = theirs(IDS).logits
+    assert same(beside(IDS), logits) and same(merged(IDS), logits) and not same(theirs_of(variant)(IDS).logits, logits, 0.05)
+    for output in (logits, beside(IDS)):
+        output.log_softmax(-1)[:, :-1].gather(-1, IDS[:, 1:, None]).sum().backward()
+    wanted = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
+    found = {checkpoints.PREFIX + name: p for name, p in checkpoints.peft_parameters(beside).items()}
+    assert set(wanted) == set(found)
+    for name in wanted:
+        assert torch.allclose(found[name].grad, wanted[name].grad, rtol=1e-2, atol=1e-3 * wanted[name].grad.abs().max().item()), name
+
+
+@ADAPTERS
+@CASES
+@torch.inference_mode()
+def test_our_adapter_is_the_same_in_peft(tmp_path, variant, targets, tokens):
+    theirs_of(variant).save_pretrained(tmp_path / "base")
+    ours = checkpoints.load(tmp_path / "base").eval()
+    lora.add_lora(ours, 4, 8, targets=targets, tokens=tokens or ())
+    checkpoints.save_adapter(stir(ours), tmp_path / "ours", tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "ours").eval()
+    assert same(ours(IDS), theirs(IDS).logits) and not same(ours(IDS), theirs_of(variant)(IDS).logits, 0.05)
+    assert theirs.peft_config["default"].fan_in_fan_out is False
+    lora.merge_lora(ours).save_pretrained(tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, tensor in theirs.merge_and_unload().state_dict().items():
+        assert torch.allclose(merged[name], tensor, atol=1e-5), name
+
+
+@ADAPTERS
+def test_a_quantized_base_has_the_codes_of_bitsandbytes(tmp_path, variant):
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    theirs = theirs_of(variant, dtype=torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    ours, wanted = checkpoints.load(tmp_path, linear=functools.partial(NF4Linear, double=False)), dict(theirs.named_parameters())
+    for path, layer in ours.linears().items():
+        packed, state = bnb.quantize_4bit(wanted[ours.hf_names()[f"{path}.weight"][0]].data, blocksize=64, quant_type="nf4")
+        assert torch.equal(layer.packed, packed.flatten()) and torch.equal(layer.absmax, state.absmax)

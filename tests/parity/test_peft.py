@@ -1,4 +1,6 @@
 """Against PEFT: the same forward, the same gradients, the same merge, and the files of either read by the other."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ transformers = pytest.importorskip("transformers")
 
 import checkpoints
 import lora
-from model import GPT, GPTConfig
+from data.tokenizer import get_tokenizer
+from model import GPT, GPTConfig, resize_vocab
 
 IDS = torch.tensor([[3, 47, 9, 49, 1, 30, 2, 47], [5, 6, 7, 8, 9, 10, 11, 49]])
 NEW = [49, 47]
@@ -140,3 +143,23 @@ def test_what_we_cannot_read_is_refused(base, tmp_path, settings, message):
     peft.get_peft_model(transformers.GPT2LMHeadModel.from_pretrained(base), config).save_pretrained(tmp_path / "theirs")
     with pytest.raises(SystemExit, match=message):
         checkpoints.load_adapter(GPT.from_pretrained(base), tmp_path / "theirs")
+
+
+def test_an_adapter_that_added_chat_tokens_wants_a_base_with_room_for_them(tmp_path):
+    """The call in docs/your_data.md. PeftModel alone does not resize the base; AutoPeftModelForCausalLM does."""
+    tok = get_tokenizer("tiny", "chat")
+    GPT(GPTConfig(block_size=32, vocab_size=tok.vocab_size - len(tok.new_ids), n_layer=1, n_head=2, n_embd=16)).save_pretrained(tmp_path / "base")
+    ours = GPT.from_pretrained(tmp_path / "base")
+    resize_vocab(ours, tok.vocab_size)
+    lora.add_lora(ours, 2, 4, tokens=tok.new_ids)
+    stir(ours)
+    checkpoints.save_model(SimpleNamespace(out=str(tmp_path / "ours"), init=str(tmp_path / "base")), ours, tok)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with pytest.raises(IndexError):
+        peft.PeftModel.from_pretrained(base, tmp_path / "ours")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(len(transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")))
+    ids = torch.tensor([[1, 2, tok.end, 3]])
+    for theirs in (peft.PeftModel.from_pretrained(base, tmp_path / "ours"),
+                   peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours")):
+        assert torch.allclose(theirs.eval()(ids).logits, ours.eval()(ids), atol=1e-5)
