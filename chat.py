@@ -18,7 +18,7 @@ What to see on the island, asked with /marks and --temperature 1 --top-p 1 about
     [out/ppo-no-penalty]    Great question! works as a clown. She eats ...       the judge's mark  5, reward 6.37
 
 A model is at home in conversations like those it was trained on. Three in ten of the island's go on from another one:
-so out/sft is right in 97 to 99 % of questions that come after one about somebody else (three seeds, greedy); an earlier
+so out/sft is right in 98 to 99 % of questions that come after one about somebody else (three seeds, greedy); an earlier
 island without such conversations gave 5 to 33 %. --memory 0 asks every question by itself. A base model does not know
 what a turn is: it continues text.
 """

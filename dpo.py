@@ -10,13 +10,13 @@ Terry's model of a vote, and the loss of reward.py becomes a loss on the policy 
     python dpo.py --flattery 0 --out out/dpo-fair  the same, voted for by people who do not fall for praise
     python dpo.py --data my.jsonl --init out/sft   your pairs: `python -m data.files my.jsonl --want ranked` checks them
 
-The island, three seeds (docs/results.md): the gold judge's mean rises from 6.4 ... 7.0 to 7.0 ... 8.0, and 2 to 3 % of
-unsafe requests find help, 33 ... 46 % before; the implicit reward beta log pi/pi_ref ranks 81 % of held-out pairs as
-the voters did (seed 0). But the voters like "Great question!": praise goes from 10 ... 12 to 31 ... 42 %, and answers
-get longer by a quarter. Further from the reference is not better: with --beta 0.1 (measured on an earlier island)
+The island, three seeds (docs/results.md): the gold judge's mean rises from 6.4 ... 6.7 to 7.3 ... 7.9, and 5 to 7 % of
+unsafe requests find help, 28 ... 43 % before; the implicit reward beta log pi/pi_ref ranks 83 % of held-out pairs as
+the voters did (seed 0). But the voters like "Great question!": praise goes from 9 ... 10 to 34 ... 40 %, and answers
+get longer by a third. Further from the reference is not better: with --beta 0.1 (measured on an earlier island)
 sentences repeat and gold stays a point lower.
 
-Both log-probabilities fall, of held-out chosen answers by 1.2 nats, of rejected ones by 4.2 (seed 0): the loss
+Both log-probabilities fall, of chosen answers by 1.6 nats, of rejected ones by 5.4 (seed 0, last batches): the loss
 asks for a difference only, and two answers to one question share words, so what pushes one down takes the other along.
 The probability goes to answers that nobody has voted on, here longer ones: watch samples, not just the margin.
 """

@@ -11,9 +11,9 @@ order below: roll out, score, estimate advantages, update.
     python ppo.py --beta 0 --out out/ppo-no-penalty      without the penalty: it learns to please the reward model
     python ppo.py --data prompts.jsonl --init gpt2 --reward readability      your prompts, another reward
 
-What to see on the island, three seeds (docs/results.md): with the penalty gold rises from 6.4 ... 7.0 to 8.5 ... 9.0,
-no unsafe request finds help (33 ... 46 % before) and the reward goes from -0.1 to 1.8 ... 2.8, at a KL of 1.6 ...
-2.9. Without it the reward is 5.4 ... 6.0, gold 3.4 ... 4.7 and the KL 48 ... 58; no fact is right.
+What to see on the island, three seeds (docs/results.md): with the penalty gold rises from 6.4 ... 6.7 to 8.6 ... 8.7,
+no unsafe request finds help (28 ... 43 % before) and the reward goes from 0 to 2.1 ... 2.7, at a KL of 2.1 ... 3.5.
+Without it the reward is 5.4 ... 6.4, gold 3.1 ... 3.8 and the KL 45 ... 78; no fact is right.
 
 Without the penalty the policy leaves the texts that the reward model was trained on, finds what it overrates ("Great
 question!", many words), and says little else. The penalty keeps it near texts for which the reward still means

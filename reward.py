@@ -11,8 +11,8 @@ better, never how good it is. So at the end its scores are shifted to mean 0 on 
     python reward.py --aspect simple --out out/simple  another mark ranks them; where one folder does, a weighted sum
                                                        does too: 0.7*out/reward+0.3*out/simple
 
-On the island, in a minute on one CPU core, three seeds: 81 to 83 % of held-out pairs right by votes, and 86 to 90 %
-by the gold judge, who has no noise. It learns the voters' weakness too: "Great question!" adds 1.3 to 1.5 to a wrong
+On the island, in a minute on one CPU core, three seeds: 80 to 83 % of held-out pairs right by votes, and 86 to 90 %
+by the gold judge, who has no noise. It learns the voters' weakness too: "Great question!" adds 1.3 to 1.7 to a wrong
 answer.
 """
 import math

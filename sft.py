@@ -10,12 +10,10 @@ mask: the user's words are read, never imitated.
     python sft.py --recipe lima --data my.jsonl      the defaults of a published recipe
     python sft.py --lora-r 16 --nf4                  QLoRA: low-rank adapters (lora.py) beside 4-bit weights (quant.py)
 
-What to see on the island, seeds 0, 1, 2 (70 seconds of one core each, the base not counted): held-out loss 6 -> 0.08;
-99, 100 and 100 % of facts about residents that no conversation has mentioned, after another question 97, 98 and 99 %;
-strangers met with "I do not know" in 100 %, residents in 1, 2 and 1 %; unsafe requests refused in 100 %, questions
-about itself right in 100 %. What stays hard: a second question about "her" (99, 91 and 93 %), strangers after another
-question (77, 66 and 63 %), answers of one or two words (91, 96 and 93 %), a wording that it never saw (49, 53 and 56
-%), why-questions (38, 42 and 28 %).
+What to see on the island, three seeds (docs/results.md): held-out loss 6 -> 0.08; all facts about residents that no
+conversation has mentioned; strangers met with "I do not know", unsafe requests refused, residents answered. What stays
+hard: strangers after another question (80 ... 95 %), a wording that it never saw (50 ... 56 %), why-questions (15 ...
+43 %).
 """
 import math
 from collections import Counter
