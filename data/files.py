@@ -39,7 +39,7 @@ def open_bytes(path):
     """A buffered stream of the unpacked bytes, past a UTF-8 byte order mark."""
     packed = path.name.lower().endswith(".gz")
     stream = gzip.open(path) if packed else open(path, "rb")
-    stream = io.BufferedReader(stream, 2 ** 20) if packed else stream
+    stream = io.BufferedReader(stream) if packed else stream
     head = stream.peek(32)
     for magic, what in MAGIC:
         if head.startswith(magic):
