@@ -1,7 +1,10 @@
 """pytest -m math: of the files of the math, the tests that write no folder and are not marked as `runs`."""
 import os
+import signal
 
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also behind a shell's &, where it is ignored
 
 MATH = {f"test_{name}" for name in ("model", "lora", "quant", "trainer", "sft", "reward", "dpo", "ppo", "pairs")}
 
