@@ -404,7 +404,7 @@ class Cache:
 
 # ---- python model.py -------------------------------------------------------------------------------------------------
 
-TINY = dict(block_size=128, vocab_size=1029, n_layer=4, n_head=4, n_embd=128)  # what pretrain.py trains
+TINY = dict(block_size=128, vocab_size=1031, n_layer=4, n_head=4, n_embd=128)  # what pretrain.py trains
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 
 
