@@ -10,7 +10,7 @@ Marks are comments of Markdown, so a reader sees only what stands between them:
                                                           holds the other
     <!-- section: docs/course/one_run.md A vote -->       what stands below a heading of a page, here of the numbers that
                                                           `python -m course.figures` measures on a chain of stages
-    <!-- n: held-out loss @ range -->0.665<!-- end -->    a cell of a table of docs/results.md or of that page: the row's
+    <!-- n: held-out loss @ base -->0.665<!-- end -->    a cell of a table of docs/results.md or of that page: the row's
                                                           name (#2 behind it: the second of that name), the column's
 
 Each of the first three ends with <!-- end --> on a line of its own.

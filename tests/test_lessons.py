@@ -38,7 +38,7 @@ def test_there_are_eleven_lessons_and_each_has_all_its_parts():
 @pytest.mark.parametrize("mark, stale", [
     ("<!-- code: dpo.py answer_logps -->\n", "```python\ndef answer_logps(model): pass\n```\n"),
     ("<!-- section: docs/results.md The base model -->\n", "| held-out loss | 0.1 |\n"),
-    ("<!-- n: quiz @ range -->", "1%")])
+    ("<!-- n: quiz @ base -->", "1%")])
 def test_what_is_stale_is_written_anew_and_then_stays(mark, stale):
     old = f"before {mark}{stale}{lessons.END} after"
     new = lessons.refreshed(old)
@@ -75,7 +75,7 @@ def test_what_is_named_and_not_there_is_found():
 
 def test_a_mark_without_its_end_is_found(monkeypatch, tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("<!-- n: quiz @ range -->100%\n")
+    page.write_text("<!-- n: quiz @ base -->100%\n")
     monkeypatch.setattr(lessons, "pages", lambda: [page])
     monkeypatch.setattr(lessons, "ROOT", tmp_path)
     assert "a mark without its end" in " ".join(lessons.faults())
