@@ -12,6 +12,8 @@ import functools
 import json
 from pathlib import Path
 
+from common.errors import UserError, no_command
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,7 +23,6 @@ import lora
 import trainer
 from common import hub
 from common.disk import settle, together, write_json
-from common.errors import UserError, no_command
 from common.flags import dropout_of
 from data.questions import Questions
 from data.tokenizer import get_tokenizer

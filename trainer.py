@@ -20,12 +20,13 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.errors import UserError, no_command, visible
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from common.disk import on_disk, release, replacing, settle, together, write_json
-from common.errors import UserError, no_command, visible
 from common.flags import TrainConfig
 from common.hub import RECORD, STATE
 from common.runs import claim_out, differences, flag, identity, script_of

@@ -11,8 +11,8 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.disk import on_disk
 from common.errors import UserError
+from common.disk import on_disk
 from common.flags import parse
 
 COLORS = {"base": "#7f7f7f", "sft": "#0072b2", "sft-community": "#56b4e9", "reward": "#cc79a7", "dpo": "#e69f00",

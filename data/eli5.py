@@ -25,14 +25,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from common import download
 from common.errors import UserError
+from common import download
+from common.disk import writable, writing
+from common.flags import Amount, Count, Number, Seed, Share, parse
 from data import clean, files, leakage
 from data.readability import is_simple
 from data.report import PipelineReport
 from data.shapes import BadRow, as_number, as_text, check_texts, recognise, says
-from common.disk import writable, writing
-from common.flags import Amount, Count, Number, Seed, Share, parse
 
 DATASET = "vblagoje/lfqa"  # ELI5 (Fan et al. 2019) without most of its leaks (Krishna et al. 2021)
 NEEDS = 'a post has a "title", a "selftext" and "answers" with the lists "text" and "score"'

@@ -7,6 +7,8 @@ import statistics
 from dataclasses import asdict
 from pathlib import Path
 
+from common.errors import UserError, no_command
+
 import torch
 
 import reward
@@ -14,7 +16,6 @@ import trainer
 from checkpoints import load, load_to_ask
 from common import plots
 from common.disk import write_json, write_jsonl
-from common.errors import UserError, no_command
 from common.tables import cell, interval, table
 from data import files
 from data.readability import readability

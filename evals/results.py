@@ -13,6 +13,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from common.errors import no_command
+
 import dpo
 import lora
 import ppo
@@ -22,7 +24,6 @@ import sft
 import trainer
 from checkpoints import load, load_to_ask
 from common.disk import replacing, write_json
-from common.errors import no_command
 from common.tables import markdown
 from data.pairs import load_ranked
 from data.tokenizer import get_tokenizer

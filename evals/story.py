@@ -12,24 +12,25 @@ import json
 import time
 from pathlib import Path
 
-from evals import benches, choice, measure
+from common.errors import no_command
+
 import dpo
-from island.exam import MEASURES, five
-import pretrain
 import ppo
+import pretrain
 import reward
 import sft
 import trainer
 from checkpoints import load_to_ask
-from island.world import Island
+from common import plots
+from common.disk import replacing
+from common.tables import cell, markdown
 from data.pairs import load_ranked
 from data.readability import readability
 from data.tokenizer import get_tokenizer
+from evals import benches, choice, measure
 from generate import ask
-from common import plots
-from common.disk import replacing
-from common.errors import no_command
-from common.tables import cell, markdown
+from island.exam import MEASURES, five
+from island.world import Island
 
 STAGES = {  # folder: its script and the flags that make it another checkpoint than the script's own
     "out/base": (pretrain, {}),

@@ -4,7 +4,9 @@ import signal
 
 import pytest
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # also behind a shell's &, where it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also behind a shell's & and under nohup
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 MATH = {f"test_{name}" for name in ("model", "lora", "quant", "trainer", "sft", "reward", "dpo", "ppo", "pairs")}
 

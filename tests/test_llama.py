@@ -4,15 +4,14 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import checkpoints
 from common import hub
 from common.errors import UserError
 from generate import generate
-from llama import Attention, Llama, LlamaConfig, RMSNorm, angles, frequencies, like_gpt, turn
-from model import GPT, TINY, Cache, GPTConfig
+from llama import Llama, LlamaConfig, RMSNorm, angles, frequencies, like_gpt, turn
+from model import GPT, TINY, GPTConfig
 
 SHAPE = dict(block_size=48, vocab_size=50, n_layer=2, n_head=4, n_kv_head=2, n_embd=12, n_inner=20, head_size=6)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}

@@ -1,5 +1,4 @@
 """PPO: every quantity against hand-worked numbers, brute force, or a problem whose optimum is known."""
-import importlib.util
 import json
 import math
 
