@@ -237,6 +237,7 @@ def bombs(folder, megabytes=300):
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 NUMBERS = ("-1", "-5", "0", "1e308", "-1e308", "nan", "inf", "9" * 30, "1000000000", "4096", "x", "", "2.5", "0x10", "1_000")
+WORK = r"--(steps|epochs|ppo-epochs|n|n-sft|n-ranked|n-dump|documents|tries|batch-size|minibatch|pairs|max-pairs)"  # much of it is no mistake
 WORDS = ("", "x", "x" * 300, "~nobody/x", "--data", "--no-such-flag", "/dev/null", "/proc/x", "a\nb", "gold", "\x1b[2J", "é" * 200, "0,1", ",")
 
 
@@ -268,7 +269,7 @@ def flags(folder, every=17):
             name, kind = flag
             for value in NUMBERS if kind in ("INT", "FLOAT") else WORDS:
                 count += 1
-                if count % every:
+                if count % every or re.fullmatch(WORK, name) and value in ("1000000000", "4096", "1_000"):
                     continue
                 yield f"{command} {name} {value[:20]!r}", *script(command, *words, name, value, stdin="Who are you?\n")
                 shutil.rmtree(out, ignore_errors=True)
