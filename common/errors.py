@@ -79,9 +79,18 @@ def end_politely():
     sys.excepthook = hook
 
 
+def uninstalled(kind, error, trace):
+    """The hook while imports run: what is required and missing is one sentence."""
+    if kind is ModuleNotFoundError and error.name in ("torch", "numpy", "tiktoken", "tqdm", "safetensors"):
+        print(f"{error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 # A script needs seconds for its imports, and nothing can be lost in them: Ctrl-C ends it at once. So a script imports
 # this file before torch. Whoever else imports it is left alone.
 _main = getattr(sys.modules["__main__"], "__file__", None)
 if _main and Path(__file__).resolve().parents[1] in list(Path(_main).resolve().parents)[:2]:
+    sys.excepthook = uninstalled
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -383,6 +383,15 @@ def test_ctrl_c_while_a_script_is_imported_ends_it_quietly(path, tmp_path):
     assert done.returncode in (0, -signal.SIGINT) and "Traceback" not in done.stderr  # 0: it needs none of the three
 
 
+@pytest.mark.parametrize("script", ["sft.py", "chat.py", "learn.py"])
+def test_what_is_not_installed_is_one_sentence(script, tmp_path):
+    code = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
+    (tmp_path / "torch.py").write_text(code)
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (1, "torch is not installed: pip install -r requirements.txt\n")
+
+
 def test_whoever_imports_us_keeps_ctrl_c():
     code = "import signal, common.errors; assert signal.getsignal(signal.SIGINT) == signal.default_int_handler"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
