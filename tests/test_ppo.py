@@ -478,3 +478,13 @@ def test_greedy_answers_are_no_samples():
 def test_reading_ease_is_bounded_and_wordless_answers_get_the_worst():
     assert ppo.reading_ease("...!") == -1.0 and ppo.reading_ease("Go. Do. Be. Go. Do.") <= 1.2
     assert ppo.reading_ease("The cat sat.") > ppo.reading_ease("Institutional considerations necessitate deliberation.")
+
+
+def test_whitening_is_over_all_responses_so_that_a_good_one_stays_better_than_a_bad_one():
+    x = torch.tensor([[5.0, 7.0, 0.0], [-5.0, -7.0, -6.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    white = ppo.whiten(x, mask)
+    inside = x[mask.bool()]
+    expected = (inside - inside.mean()) / inside.std(correction=0)
+    torch.testing.assert_close(white[mask.bool()], expected, rtol=1e-3, atol=1e-3)
+    assert white[0, :2].min() > 0.5 and white[1].max() < -0.2
